@@ -1,0 +1,303 @@
+//! Hugging Face image data sets in Parquet: one or many shards with an image column and a text column.
+//!
+//! An image is `struct<bytes: binary, path: string>` (a plain binary column is taken too). Rows are decoded in batches of
+//! a few MiB, or one by one; the files are mapped, so memory does not grow with them. Some writers put the first thousand
+//! pictures of a row group into its dictionary, which must be decoded whole for any of its rows; batches are then as large
+//! as the dictionary, and the last one is kept for the rows that are asked for next.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use polars_arrow::array::{Array, BinaryViewArray, StructArray, Utf8ViewArray};
+use polars_arrow::datatypes::{ArrowDataType, Field};
+
+use crate::error::{ArtifactError, ParquetProblem, Result};
+use crate::parquet_read::ParquetFile;
+
+/// Rows are decoded so many bytes at a time, by the column's mean.
+const BATCH_BYTES: usize = 16 << 20;
+/// … and no more rows than this, unless a dictionary is larger than that.
+const BATCH_ROWS: usize = 256;
+
+const IMAGE_TYPE: &str = "struct<bytes: binary, path: text> or binary";
+
+/// One row of a data set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParquetImage {
+    /// Which of the files, counted from 0.
+    pub file: usize,
+    /// Row in that file, counted from 0.
+    pub row: u32,
+    /// The encoded picture; empty if the cell is.
+    pub bytes: Vec<u8>,
+    /// The name that the picture had, if the data set kept it.
+    pub path: Option<String>,
+    /// The caption, if the cell has one.
+    pub caption: Option<String>,
+}
+
+/// An open data set.
+pub struct ParquetImages {
+    shards: Vec<Shard>,
+}
+
+struct Shard {
+    file: ParquetFile,
+    image: Field,
+    text: Field,
+    /// Mean size of an image, at least 1.
+    image_bytes: usize,
+    batch_bytes: usize,
+    /// The last batch that was decoded for [`ParquetImages::get`], where single rows are costly.
+    kept: Mutex<VecDeque<ParquetImage>>,
+}
+
+impl ParquetImages {
+    /// Opens the files of a data set and checks their columns.
+    ///
+    /// # Errors
+    ///
+    /// If a file cannot be read, or a column is missing (the error lists those there are) or of another type.
+    pub fn open<P: AsRef<Path>>(
+        files: &[P],
+        image_column: &str,
+        text_column: &str,
+    ) -> Result<Self> {
+        let shards: Result<Vec<Shard>> = files
+            .iter()
+            .map(|path| Shard::open(path.as_ref(), image_column, text_column))
+            .collect();
+        Ok(Self { shards: shards? })
+    }
+
+    /// The files, in the order given.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.shards
+            .iter()
+            .map(|shard| shard.file.path().to_path_buf())
+            .collect()
+    }
+
+    /// Rows of all files.
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.file.num_rows()).sum()
+    }
+
+    /// Whether no file has a row.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Rows of one file.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such file.
+    pub fn num_rows(&self, file: usize) -> usize {
+        self.shards[file].file.num_rows()
+    }
+
+    /// One row of one file.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such row, or the file is damaged there.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such file.
+    pub fn get(&self, file: usize, row: u32) -> Result<ParquetImage> {
+        self.shards[file].get(file, row)
+    }
+
+    /// All rows, file by file. After an error the next item is the first row of the next batch or file.
+    pub fn iter(&self) -> impl Iterator<Item = Result<ParquetImage>> {
+        self.shards.iter().enumerate().flat_map(|(file, shard)| {
+            shard
+                .batches()
+                .flat_map(move |rows| match shard.read(file, rows) {
+                    Ok(images) => images.into_iter().map(Ok).collect::<Vec<_>>(),
+                    Err(error) => vec![Err(error)],
+                })
+        })
+    }
+}
+
+impl Shard {
+    fn open(path: &Path, image_column: &str, text_column: &str) -> Result<Self> {
+        let file = ParquetFile::open(path)?;
+        let image = file.field(image_column, IMAGE_TYPE)?.clone();
+        let is_image = match &image.dtype {
+            ArrowDataType::BinaryView => true,
+            ArrowDataType::Struct(fields) => {
+                let has = |name: &str, dtype: ArrowDataType| {
+                    fields
+                        .iter()
+                        .any(|f| f.name.as_str() == name && f.dtype == dtype)
+                };
+                has("bytes", ArrowDataType::BinaryView)
+                    && (has("path", ArrowDataType::Utf8View)
+                        || fields.iter().all(|f| f.name.as_str() != "path"))
+            }
+            _ => false,
+        };
+        if !is_image {
+            return Err(file.wrong_type(&image, IMAGE_TYPE));
+        }
+        let text = file
+            .typed_field(text_column, "text", &ArrowDataType::Utf8View)?
+            .clone();
+        if u32::try_from(file.num_rows()).is_err() {
+            return Err(ArtifactError::RowOutOfRange {
+                path: path.to_path_buf(),
+                row: u32::MAX as usize,
+                rows: file.num_rows(),
+            });
+        }
+        let column_bytes = usize::try_from(file.column_bytes(image_column)).unwrap_or(usize::MAX);
+        let image_bytes = column_bytes
+            .checked_div(file.num_rows())
+            .unwrap_or(0)
+            .max(1);
+        Ok(Self {
+            file,
+            image,
+            text,
+            image_bytes,
+            batch_bytes: BATCH_BYTES,
+            kept: Mutex::default(),
+        })
+    }
+
+    /// Ranges of rows to decode together.
+    fn batches(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let rows = self.batch_of(start);
+            start = rows.end;
+            (!rows.is_empty()).then_some(rows)
+        })
+    }
+
+    /// The batch that a row is in; no batch crosses a row group, whose dictionary would be decoded twice.
+    fn batch_of(&self, row: usize) -> Range<usize> {
+        let group = self.file.row_group_of(row);
+        let dictionary_bytes = self.file.dictionary_bytes(&self.image.name, row);
+        let mut rows = (self.batch_bytes / self.image_bytes).clamp(1, BATCH_ROWS);
+        if dictionary_bytes > self.batch_bytes {
+            rows = rows.max(dictionary_bytes / self.image_bytes);
+        }
+        let start = group.start + row.saturating_sub(group.start) / rows * rows;
+        start.min(group.end)..(start + rows).min(group.end)
+    }
+
+    fn get(&self, file: usize, row: u32) -> Result<ParquetImage> {
+        let index = row as usize;
+        if self.file.dictionary_bytes(&self.image.name, index) <= self.batch_bytes {
+            let mut images = self.read(file, index..index + 1)?;
+            return images.pop_front().ok_or_else(|| self.out_of_range(index));
+        }
+        // A panic elsewhere cannot leave half a batch: it is replaced in one assignment.
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = |kept: &VecDeque<ParquetImage>| {
+            row.checked_sub(kept.front()?.row)
+                .map(|place| place as usize)
+        };
+        if place(&kept).is_none_or(|place| place >= kept.len()) {
+            *kept = self.read(file, self.batch_of(index))?;
+        }
+        place(&kept)
+            .and_then(|place| kept.get(place).cloned())
+            .ok_or_else(|| self.out_of_range(index))
+    }
+
+    fn read(&self, file: usize, rows: Range<usize>) -> Result<VecDeque<ParquetImage>> {
+        if rows.end > self.file.num_rows() {
+            return Err(self.out_of_range(rows.start));
+        }
+        let captions = self
+            .file
+            .decode_as::<Utf8ViewArray>(&self.text, rows.clone())?;
+        let mut captions = captions.iter().flat_map(|array| array.iter());
+        let mut images = VecDeque::with_capacity(rows.len());
+        let mut row = rows.start as u32; // fits: checked when opened
+        for array in self.file.decode(&self.image, rows)? {
+            let columns = ImageColumns::of(array.as_ref()).ok_or_else(|| self.unreadable())?;
+            for index in 0..array.len() {
+                images.push_back(ParquetImage {
+                    file,
+                    row,
+                    bytes: columns.bytes(index).unwrap_or_default().to_vec(),
+                    path: columns.path(index).map(str::to_owned),
+                    caption: captions.next().flatten().map(str::to_owned),
+                });
+                row += 1;
+            }
+        }
+        Ok(images)
+    }
+
+    fn out_of_range(&self, row: usize) -> ArtifactError {
+        ArtifactError::RowOutOfRange {
+            path: self.file.path().to_path_buf(),
+            row,
+            rows: self.file.num_rows(),
+        }
+    }
+
+    fn unreadable(&self) -> ArtifactError {
+        ArtifactError::DamagedParquet {
+            path: self.file.path().to_path_buf(),
+            problem: ParquetProblem::Undecodable {
+                place: format!("column {:?}", self.image.name.as_str()),
+                message: "it decodes to another type".to_owned(),
+            },
+        }
+    }
+}
+
+/// The arrays behind a decoded image column.
+struct ImageColumns<'a> {
+    images: &'a dyn Array,
+    bytes: &'a BinaryViewArray,
+    path: Option<&'a Utf8ViewArray>,
+}
+
+impl<'a> ImageColumns<'a> {
+    fn of(images: &'a dyn Array) -> Option<Self> {
+        let Some(structs) = images.as_any().downcast_ref::<StructArray>() else {
+            let bytes = images.as_any().downcast_ref()?;
+            return Some(Self {
+                images,
+                bytes,
+                path: None,
+            });
+        };
+        let child = |name: &str| {
+            let place = structs
+                .fields()
+                .iter()
+                .position(|field| field.name.as_str() == name)?;
+            Some(structs.values()[place].as_any())
+        };
+        Some(Self {
+            images,
+            bytes: child("bytes")?.downcast_ref()?,
+            path: child("path").and_then(|path| path.downcast_ref()),
+        })
+    }
+
+    fn bytes(&self, index: usize) -> Option<&[u8]> {
+        (self.images.is_valid(index) && self.bytes.is_valid(index)).then(|| self.bytes.value(index))
+    }
+
+    fn path(&self, index: usize) -> Option<&str> {
+        let path = self.path?;
+        (self.images.is_valid(index) && path.is_valid(index)).then(|| path.value(index))
+    }
+}
+
+#[cfg(test)]
+mod tests;
