@@ -1,0 +1,216 @@
+//! What can go wrong between a recipe and a sealed artifact, apart from a stage's own work.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::failure::{FailureKind, StageError};
+use crate::recipe::RecipeError;
+use crate::stage::Stage;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    /// The recipe cannot be used.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// A file operation failed.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried, e.g. `read`.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The runs directory (or something below it) refuses to be written.
+    #[error("cannot write to {}", path.display())]
+    NotWritable {
+        /// The directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// `ingest.source` does not exist.
+    #[error("ingest.source is {}, which does not exist", path.display())]
+    NoSource {
+        /// The resolved path.
+        path: PathBuf,
+    },
+    /// `ingest.source` is a folder without a file.
+    #[error("ingest.source is {}, which holds no files", path.display())]
+    EmptySource {
+        /// The resolved path.
+        path: PathBuf,
+    },
+    /// A file's name is not UTF-8, so it cannot stand in a table.
+    #[error("the name of {} is not UTF-8", path.display())]
+    NameNotUtf8 {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Files or folders link in a circle, or cannot be listed.
+    #[error("cannot list {}", path.display())]
+    CannotList {
+        /// Where listing failed.
+        path: PathBuf,
+        /// The system's reason.
+        source: walkdir::Error,
+    },
+    /// A part of the base that the stage reads is not there.
+    #[error("the base has no {folder}: {} holds no weights, configuration or vocabulary", path.display())]
+    NoBasePart {
+        /// The folder's name, e.g. `text_encoder_2`.
+        folder: &'static str,
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A file that the recipe names does not exist.
+    #[error("{key} is {}, which does not exist or is not a file", path.display())]
+    NoFile {
+        /// The recipe's key.
+        key: String,
+        /// The resolved path.
+        path: PathBuf,
+    },
+    /// A size in the recipe does not fit the base's autoencoder.
+    #[error("{key} is {found}, which is no multiple of {multiple}, the pixels per token of this base ({})", config.display())]
+    SizeNotMultiple {
+        /// The recipe's key.
+        key: &'static str,
+        /// The size.
+        found: u32,
+        /// What it must be a multiple of.
+        multiple: u32,
+        /// The file that says so.
+        config: PathBuf,
+    },
+    /// An earlier stage has to run first.
+    #[error("{stage} cannot run: {upstream} is not fresh ({reason})")]
+    Blocked {
+        /// The stage that was asked for.
+        stage: Stage,
+        /// The stage that has to run.
+        upstream: Stage,
+        /// Why it has to.
+        reason: String,
+    },
+    /// Another process runs the same stage.
+    #[error("another process is running {stage} (it holds {})", path.display())]
+    Locked {
+        /// The stage.
+        stage: Stage,
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// The data changed while `ingest` read it.
+    #[error("the data changed while ingest read it ({change})")]
+    ChangedMeanwhile {
+        /// The first change found.
+        change: String,
+    },
+    /// A stage did not report a digest that others need.
+    #[error("{stage} ended without the output digest {output:?}; it was not sealed")]
+    MissingOutput {
+        /// The stage.
+        stage: Stage,
+        /// The digest's name.
+        output: &'static str,
+    },
+    /// A sealed artifact lacks a digest that this version needs.
+    #[error("the {stage} artifact {} has no digest {output:?}", dir.display())]
+    MissingDigest {
+        /// The stage.
+        stage: Stage,
+        /// The digest's name.
+        output: &'static str,
+        /// The artifact.
+        dir: PathBuf,
+    },
+}
+
+impl PipelineError {
+    /// Wraps a failed read-like operation.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// Wraps a failed write-like operation; a directory that refuses writing is told apart.
+    pub(crate) fn write(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::PermissionDenied
+            | io::ErrorKind::ReadOnlyFilesystem
+            | io::ErrorKind::NotADirectory
+            | io::ErrorKind::AlreadyExists => Self::NotWritable { path, source },
+            _ => Self::Io {
+                action,
+                path,
+                source,
+            },
+        }
+    }
+}
+
+impl StageError for PipelineError {
+    fn kind(&self) -> FailureKind {
+        match self {
+            Self::Recipe(error) => error.kind(),
+            Self::Io { .. } | Self::MissingOutput { .. } | Self::MissingDigest { .. } => {
+                FailureKind::Failed
+            }
+            _ => FailureKind::BadInput,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            Self::Recipe(error) => return error.help(),
+            Self::Io { .. } => return None,
+            Self::NotWritable { .. } => {
+                "choose a directory that you may write to with --runs DIR".to_owned()
+            }
+            Self::NoSource { .. } => {
+                "set ingest.source in the recipe, or --set ingest.source=PATH; a relative path starts at the \
+                 directory that holds configs/"
+                    .to_owned()
+            }
+            Self::EmptySource { .. } => {
+                "put images and their captions there: metadata.jsonl, metadata.csv, .txt files beside the images, \
+                 or Parquet shards"
+                    .to_owned()
+            }
+            Self::NameNotUtf8 { .. } => "rename the file".to_owned(),
+            Self::CannotList { .. } => "check permissions and links there".to_owned(),
+            Self::NoBasePart { .. } => {
+                "base.path must be a diffusers directory: model_index.json, transformer/, vae/, text_encoder/, \
+                 text_encoder_2/, tokenizer/, tokenizer_2/, scheduler/"
+                    .to_owned()
+            }
+            Self::NoFile { key, .. } => format!("correct {key} in the recipe or on the command line"),
+            Self::SizeNotMultiple {
+                found, multiple, ..
+            } => {
+                let below = found / multiple * multiple;
+                if below == 0 {
+                    format!("use {multiple}")
+                } else {
+                    format!("use {below} or {}", below + multiple)
+                }
+            }
+            Self::Blocked { upstream, .. } => {
+                format!("run `cargo xtask {upstream}` first, or everything with `cargo xtask run`")
+            }
+            Self::Locked { .. } => "wait for it, or use another --runs directory".to_owned(),
+            Self::ChangedMeanwhile { .. } => "run it again".to_owned(),
+            Self::MissingOutput { .. } => "this is a bug of the stage".to_owned(),
+            Self::MissingDigest { stage, .. } => format!("run `cargo xtask {stage} --force`"),
+        };
+        Some(help)
+    }
+}

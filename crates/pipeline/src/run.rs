@@ -1,0 +1,312 @@
+//! One run of a stage: lock, directory, work, seal.
+//!
+//! The seal is written after everything else, so whatever kills a run (Ctrl-C, SIGKILL, a power cut) leaves either a
+//! sealed artifact or a directory without a seal. A forced run works in a hidden directory beside the old artifact and
+//! takes its place only once sealed.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use console::Progress;
+
+use crate::context::{RunOptions, StageContext, StageReport};
+use crate::error::PipelineError;
+use crate::failure::Failure;
+use crate::fingerprint::Fingerprint;
+use crate::manifest::{
+    Artifact, MANIFEST_FILE, Manifest, SOURCES_FILE, sync_directory, write_json_atomically,
+};
+use crate::pipeline::Pipeline;
+use crate::recipe::Recipe;
+use crate::stage::Stage;
+use crate::state::{DirtyReason, StageState};
+
+/// The right to run a stage in a runs directory; given back when dropped, also by a killed process.
+#[derive(Debug)]
+pub struct StageLock {
+    _file: File,
+}
+
+impl StageLock {
+    /// Takes the lock, or says that another process has it.
+    ///
+    /// # Errors
+    ///
+    /// If the lock is taken or the directory cannot be written.
+    pub fn acquire(stage: Stage, runs: &Path) -> Result<Self, PipelineError> {
+        let dir = runs.join(stage.name());
+        fs_err::create_dir_all(&dir).map_err(PipelineError::write("create", &dir))?;
+        let path = dir.join(".lock");
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(PipelineError::write("open", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(PipelineError::Locked { stage, path }),
+            Err(TryLockError::Error(error)) => Err(PipelineError::io("lock", &path)(error)),
+        }
+    }
+}
+
+/// What [`StageRun::begin`] found.
+#[derive(Debug)]
+pub enum Begin {
+    /// Nothing to do.
+    Fresh(Box<Artifact>),
+    /// The stage must work.
+    Run(Box<StageRun>),
+}
+
+/// A run under way: the stage works with [`StageRun::context`], then [`StageRun::finish`] seals.
+#[derive(Debug)]
+pub struct StageRun {
+    context: StageContext,
+    final_dir: PathBuf,
+    started: Instant,
+    pipeline: Pipeline,
+    _lock: StageLock,
+}
+
+impl StageRun {
+    /// Locks the stage, looks whether it must run, and makes its directory ready.
+    ///
+    /// # Errors
+    ///
+    /// If the stage is locked or blocked, or the recipe's files or the runs directory cannot be used.
+    pub fn begin(
+        mut pipeline: Pipeline,
+        stage: Stage,
+        options: RunOptions,
+        force: bool,
+    ) -> Result<Begin, PipelineError> {
+        let state = pipeline.state(stage)?;
+        if let (StageState::Fresh(artifact), false) = (&state, force) {
+            return Ok(Begin::Fresh(artifact.clone()));
+        }
+        let inputs = match pipeline.inputs(stage)? {
+            Ok(inputs) => inputs,
+            Err(upstream) => {
+                return Err(PipelineError::Blocked {
+                    stage,
+                    upstream,
+                    reason: pipeline.state(upstream)?.to_string(),
+                });
+            }
+        };
+        let lock = StageLock::acquire(stage, pipeline.runs())?;
+        let components = pipeline.components(stage, &inputs)?;
+        let fingerprint = Fingerprint::of(&components);
+        let final_dir = pipeline.dir_of(stage, &fingerprint);
+        if !force
+            && let Ok(Some(artifact)) = Artifact::open(&final_dir, stage)
+            && artifact.manifest.fingerprint == fingerprint
+        {
+            // Another process sealed it between our look and our lock.
+            return Ok(Begin::Fresh(Box::new(artifact)));
+        }
+        let dir = if final_dir.join(MANIFEST_FILE).exists() && force {
+            pipeline
+                .runs()
+                .join(stage.name())
+                .join(format!(".{}.forced", fingerprint.short()))
+        } else {
+            final_dir.clone()
+        };
+        let damaged = matches!(&state, StageState::Dirty { reasons, .. }
+            if reasons.iter().any(|reason| matches!(reason, DirtyReason::Damaged { .. })));
+        let keep = stage.resumes() && !force && !damaged;
+        make_ready(&dir, keep).map_err(PipelineError::write("prepare", &dir))?;
+        let context = StageContext {
+            stage,
+            recipe: pipeline.recipe().clone(),
+            runs: pipeline.runs().to_owned(),
+            dir,
+            inputs,
+            components,
+            options,
+            progress: pipeline.progress().clone(),
+        };
+        Ok(Begin::Run(Box::new(Self {
+            context,
+            final_dir,
+            started: Instant::now(),
+            pipeline,
+            _lock: lock,
+        })))
+    }
+
+    /// What the stage is given.
+    pub fn context(&self) -> &StageContext {
+        &self.context
+    }
+
+    /// Checks that the stage kept its promises and seals its directory.
+    ///
+    /// # Errors
+    ///
+    /// If a promised output is missing, the data changed meanwhile, or the seal cannot be written. Nothing is sealed
+    /// then.
+    pub fn finish(mut self, mut report: StageReport) -> Result<StageReport, PipelineError> {
+        let stage = self.context.stage;
+        if let Some(output) = stage
+            .promised_outputs()
+            .iter()
+            .find(|name| !report.outputs.contains_key(**name))
+        {
+            return Err(PipelineError::MissingOutput { stage, output });
+        }
+        if stage == Stage::Ingest {
+            self.seal_sources()?;
+        }
+        report.seconds = self.started.elapsed().as_secs_f64();
+        report.dir.clone_from(&self.final_dir);
+        let dir = &self.context.dir;
+        let seal = dir.join(MANIFEST_FILE);
+        let manifest = Manifest::new(
+            &self.context.recipe.name,
+            self.context.components.clone(),
+            report.clone(),
+            dir,
+        )
+        .map_err(PipelineError::io("list", dir))?;
+        write_json_atomically(&seal, &manifest).map_err(PipelineError::write("write", &seal))?;
+        if *dir != self.final_dir {
+            take_place(dir, &self.final_dir)
+                .map_err(PipelineError::write("replace", &self.final_dir))?;
+        }
+        Ok(report)
+    }
+
+    /// Tidies up after a stage that failed: what it cannot continue from goes.
+    pub fn abandon(self) {
+        let dir = &self.context.dir;
+        let removed = if self.context.stage.resumes() {
+            // Only if there is nothing in it.
+            fs_err::remove_dir(dir)
+        } else {
+            fs_err::remove_dir_all(dir)
+        };
+        if let Err(error) = removed {
+            tracing::debug!(%error, "directory of a failed run kept");
+        }
+    }
+
+    /// Writes down what the data was, unless it is no longer what this run was named for.
+    fn seal_sources(&mut self) -> Result<(), PipelineError> {
+        let before = self.pipeline.sources()?.clone();
+        let mut now = Pipeline::open(
+            self.context.recipe.clone(),
+            &self.context.runs,
+            self.context.progress.clone(),
+        )?;
+        let after = now.sources()?;
+        if *after != before {
+            let key = || "source.files".to_owned();
+            let reasons = DirtyReason::between(
+                &[(key(), String::new())].into(),
+                &[(key(), "changed".to_owned())].into(),
+                &before,
+                after,
+            );
+            let change = reasons.first().map(ToString::to_string).unwrap_or_default();
+            return Err(PipelineError::ChangedMeanwhile { change });
+        }
+        let path = self.context.dir.join(SOURCES_FILE);
+        write_json_atomically(&path, &before).map_err(PipelineError::write("write", &path))
+    }
+}
+
+/// Runs a stage if it must, from recipe to seal. `work` is the stage crate's `run`.
+///
+/// Returns the report of this run, or of the run that is still good, and whether work was done.
+///
+/// # Errors
+///
+/// Whatever the stage or the pipeline refuses; no artifact is sealed then and earlier ones stand as they were.
+pub fn run_stage<E: Into<Failure>>(
+    recipe: Recipe,
+    runs: &Path,
+    stage: Stage,
+    options: RunOptions,
+    progress: Progress,
+    force: bool,
+    work: impl FnOnce(&StageContext) -> Result<StageReport, E>,
+) -> Result<(StageReport, bool), Failure> {
+    let pipeline = Pipeline::open(recipe, runs, progress)?;
+    let run = match StageRun::begin(pipeline, stage, options, force)? {
+        Begin::Fresh(artifact) => return Ok((artifact.manifest.report, false)),
+        Begin::Run(run) => run,
+    };
+    tracing::info!(%stage, dir = %run.context().dir.display(), "started");
+    match work(run.context()) {
+        Ok(report) => {
+            let report = run.finish(report)?;
+            tracing::info!(%stage, seconds = report.seconds, "sealed");
+            Ok((report, true))
+        }
+        Err(error) => {
+            run.abandon();
+            Err(error.into())
+        }
+    }
+}
+
+/// Makes an unsealed directory, empty unless a run may continue from what is in it.
+fn make_ready(dir: &Path, keep: bool) -> io::Result<()> {
+    if dir.exists() {
+        // The seal goes first: from here on this is an interrupted run, whatever happens.
+        match fs_err::remove_file(dir.join(MANIFEST_FILE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        sync_directory(dir)?;
+        if keep {
+            remove_temporary_files(dir)?;
+        } else {
+            fs_err::remove_dir_all(dir)?;
+        }
+    }
+    fs_err::create_dir_all(dir)?;
+    // A directory that exists may still refuse files: better now than after an hour of work.
+    tempfile::Builder::new()
+        .prefix(".tmp")
+        .tempfile_in(dir)?
+        .close()
+}
+
+/// Files that a killed process was writing when it was killed.
+fn remove_temporary_files(dir: &Path) -> io::Result<()> {
+    for entry in walkdir::WalkDir::new(dir) {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy();
+        if entry.file_type().is_file() && (name.starts_with(".tmp") || name.ends_with(".tmp")) {
+            fs_err::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts a sealed directory where an older one is. Killed in between, neither is found and the stage runs again.
+fn take_place(new: &Path, old: &Path) -> io::Result<()> {
+    let name = old.file_name().unwrap_or_default().to_string_lossy();
+    let aside = old.with_file_name(format!(".{name}.replaced"));
+    if aside.exists() {
+        fs_err::remove_dir_all(&aside)?;
+    }
+    if old.exists() {
+        fs_err::rename(old, &aside)?;
+    }
+    fs_err::rename(new, old)?;
+    if let Some(parent) = old.parent() {
+        sync_directory(parent)?;
+    }
+    if aside.exists() {
+        fs_err::remove_dir_all(&aside)?;
+    }
+    Ok(())
+}
