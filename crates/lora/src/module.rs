@@ -1,0 +1,168 @@
+//! The two factors of one linear layer's adapter.
+
+/// A factored addition to a linear layer's weight: `alpha / rank · B A`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraModule {
+    /// Columns of `B` and rows of `A`.
+    pub rank: usize,
+    /// The addition's strength, times the rank.
+    pub alpha: f32,
+    /// Width of the layer's input.
+    pub in_features: usize,
+    /// Width of the layer's output.
+    pub out_features: usize,
+    /// `[rank, in]`, row by row.
+    pub a: Vec<f32>,
+    /// `[out, rank]`, row by row.
+    pub b: Vec<f32>,
+}
+
+impl LoraModule {
+    /// A module from its factors; the rank is what their lengths say.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths fit no positive rank, or different ones.
+    pub fn new(
+        alpha: f32,
+        in_features: usize,
+        out_features: usize,
+        a: Vec<f32>,
+        b: Vec<f32>,
+    ) -> Self {
+        let rank = a.len() / in_features.max(1);
+        assert!(
+            rank > 0,
+            "rank 0: A has {} numbers for {in_features} inputs",
+            a.len()
+        );
+        assert_eq!(
+            a.len(),
+            rank * in_features,
+            "numbers in A for rank {rank} and {in_features} inputs"
+        );
+        assert_eq!(
+            b.len(),
+            out_features * rank,
+            "numbers in B for rank {rank} and {out_features} outputs"
+        );
+        Self {
+            rank,
+            alpha,
+            in_features,
+            out_features,
+            a,
+            b,
+        }
+    }
+
+    /// An untrained module: `A` normal with deviation `1 / rank`, `B` zero.
+    ///
+    /// `normal` gives draws of the standard normal distribution.
+    ///
+    /// Source: `init_lora_weights="gaussian"`, peft 0.21.
+    ///
+    /// # Panics
+    ///
+    /// If `rank` is 0.
+    pub fn gaussian(
+        rank: usize,
+        alpha: f32,
+        in_features: usize,
+        out_features: usize,
+        mut normal: impl FnMut() -> f32,
+    ) -> Self {
+        let deviation = 1.0 / rank as f32;
+        let a = (0..rank * in_features)
+            .map(|_| normal() * deviation)
+            .collect();
+        Self::new(
+            alpha,
+            in_features,
+            out_features,
+            a,
+            vec![0.0; out_features * rank],
+        )
+    }
+
+    /// An untrained module: `A` uniform between `±1 / √in`, `B` zero.
+    ///
+    /// `uniform` gives draws from [0, 1).
+    ///
+    /// Source: `init_lora_weights=True` (Kaiming with `a = √5`), peft 0.21.
+    ///
+    /// # Panics
+    ///
+    /// If `rank` is 0.
+    pub fn kaiming(
+        rank: usize,
+        alpha: f32,
+        in_features: usize,
+        out_features: usize,
+        mut uniform: impl FnMut() -> f32,
+    ) -> Self {
+        let bound = 1.0 / (in_features as f32).sqrt();
+        let a = (0..rank * in_features)
+            .map(|_| (2.0 * uniform() - 1.0) * bound)
+            .collect();
+        Self::new(
+            alpha,
+            in_features,
+            out_features,
+            a,
+            vec![0.0; out_features * rank],
+        )
+    }
+
+    /// What `B A` is multiplied by.
+    pub fn scale(&self) -> f32 {
+        self.alpha / self.rank as f32
+    }
+
+    /// What is added to the weight: `[out, in]`, row by row.
+    pub fn delta(&self) -> Vec<f32> {
+        let scale = self.scale();
+        let mut delta = vec![0.0; self.out_features * self.in_features];
+        for (row, b) in delta
+            .chunks_mut(self.in_features)
+            .zip(self.b.chunks(self.rank))
+        {
+            for (b, a) in b.iter().zip(self.a.chunks(self.in_features)) {
+                for (sum, a) in row.iter_mut().zip(a) {
+                    *sum += b * a;
+                }
+            }
+            row.iter_mut().for_each(|sum| *sum *= scale);
+        }
+        delta
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_addition_is_b_times_a_times_alpha_over_rank() {
+        let module = LoraModule::new(
+            1.0,
+            3,
+            2,
+            vec![1.0, 2.0, 3.0, 0.0, 1.0, 0.0],
+            vec![1.0, 0.0, 2.0, 4.0],
+        );
+        assert_eq!(module.rank, 2);
+        assert_eq!(module.delta(), [0.5, 1.0, 1.5, 1.0, 4.0, 3.0]);
+    }
+
+    #[test]
+    fn an_untrained_module_adds_nothing() {
+        let gaussian = LoraModule::gaussian(4, 8.0, 3, 2, || 2.0);
+        assert_eq!(gaussian.a, [0.5; 12]);
+        assert_eq!(gaussian.scale(), 2.0);
+        assert_eq!(gaussian.delta(), [0.0; 6]);
+        let kaiming = LoraModule::kaiming(1, 1.0, 4, 2, || 0.75);
+        assert_eq!(kaiming.a, [0.25; 4]);
+        assert_eq!(kaiming.b, [0.0; 2]);
+    }
+}
