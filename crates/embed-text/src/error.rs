@@ -1,0 +1,181 @@
+//! What can keep captions from being embedded.
+
+use std::path::PathBuf;
+
+use artifacts::ArtifactError;
+use pipeline::{FailureKind, PipelineError, StageError};
+use tensor::DeviceError;
+use text_encoders::{EncoderError, TokenizerError};
+
+/// Why the stage stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum EmbedTextError {
+    /// A caption has more tokens than there are positions.
+    #[error("caption {caption:?} of {source_file} has {num_tokens} T5 tokens, and the limit is {limit}{}", others(*num_others))]
+    LongCaption {
+        /// The longest caption.
+        caption: String,
+        /// An image that it belongs to.
+        source_file: String,
+        /// Its tokens, the closing one included.
+        num_tokens: usize,
+        /// `embed_text.t5_tokens`.
+        limit: usize,
+        /// How many other captions are too long as well.
+        num_others: usize,
+    },
+    /// CLIP's tokenizer makes more ids than the model has positions.
+    #[error("the CLIP tokenizer in {} makes {found} ids of a text, and the model has {expected} positions", tokenizer.display())]
+    ClipLength {
+        /// The tokenizer's directory.
+        tokenizer: PathBuf,
+        /// The model's.
+        expected: usize,
+        /// The tokenizer's.
+        found: usize,
+    },
+    /// A tokenizer gives ids that its model has no row for.
+    #[error("the tokenizer in {} has {found} tokens, and its model has rows for {expected}", tokenizer.display())]
+    Vocabulary {
+        /// The tokenizer's directory.
+        tokenizer: PathBuf,
+        /// The model's.
+        expected: usize,
+        /// The tokenizer's.
+        found: usize,
+    },
+    /// An embedding holds infinities or not-a-numbers.
+    #[error("the {part} embedding of caption {caption:?} is not finite in half precision")]
+    NotFinite {
+        /// `t5` or `pooled`.
+        part: &'static str,
+        /// The caption.
+        caption: String,
+    },
+    /// Public embeddings of another size than recipe or base say.
+    #[error("the public embeddings {} have {found} {what}, and {expected_by} says {expected}", path.display())]
+    PublicSize {
+        /// The file.
+        path: PathBuf,
+        /// What is counted.
+        what: &'static str,
+        /// The file's.
+        found: usize,
+        /// `embed_text.t5_tokens`, or a part of the base.
+        expected_by: &'static str,
+        /// What it says.
+        expected: usize,
+    },
+    /// Images that the public embeddings do not have.
+    #[error(
+        "the public embeddings {} have no row for {missing} of {images} images; the first is {source_file} \
+         (hash {compat_sha256}, turned by EXIF {compat_sha256_oriented})",
+        path.display()
+    )]
+    PublicMissing {
+        /// The file or folder.
+        path: PathBuf,
+        /// How many images have no row.
+        missing: usize,
+        /// How many images there are.
+        images: usize,
+        /// The first of them.
+        source_file: String,
+        /// Its hash before turning.
+        compat_sha256: String,
+        /// Its hash after turning.
+        compat_sha256_oriented: String,
+    },
+    /// Two images share a caption and have different public embeddings.
+    #[error(
+        "{first} and {second} have the same caption ({caption:?}) but different public embeddings: \
+         at least one was made from another caption"
+    )]
+    PublicConflict {
+        /// The caption.
+        caption: String,
+        /// One image.
+        first: String,
+        /// The other image.
+        second: String,
+    },
+    /// A caption of an image that is not there.
+    #[error("{} has a caption for image {sample_id}, which samples.parquet beside it does not have", path.display())]
+    Orphan {
+        /// The captions.
+        path: PathBuf,
+        /// The image.
+        sample_id: String,
+    },
+    /// A folder without Parquet files.
+    #[error("{} holds no .parquet files", path.display())]
+    NoPublicFiles {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Files cannot be listed.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// An encoder cannot be used.
+    #[error(transparent)]
+    Encoder(#[from] EncoderError),
+    /// A table cannot be read or written.
+    #[error(transparent)]
+    File(#[from] ArtifactError),
+}
+
+fn others(count: usize) -> String {
+    match count {
+        0 => String::new(),
+        1 => " (one more caption is too long)".to_owned(),
+        count => format!(" ({count} more captions are too long)"),
+    }
+}
+
+impl StageError for EmbedTextError {
+    fn kind(&self) -> FailureKind {
+        match self {
+            Self::Pipeline(error) => error.kind(),
+            Self::File(ArtifactError::Io { .. }) => FailureKind::Failed,
+            _ => FailureKind::BadInput,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::LongCaption { num_tokens, .. } => format!(
+                "shorten it, raise embed_text.t5_tokens to at least {num_tokens}, or cut long captions with \
+                 embed_text.long_captions = \"truncate\""
+            ),
+            Self::ClipLength { .. } | Self::Vocabulary { .. } => {
+                "use a base whose tokenizer and text encoder come from one model".to_owned()
+            }
+            Self::Orphan { .. } => "run ingest again with --force".to_owned(),
+            Self::NotFinite { .. } => {
+                "set embed_text.precision to \"bf16\" or \"f32\": fp16 overflows in some encoders".to_owned()
+            }
+            Self::PublicSize { what: "T5 tokens", found, .. } => {
+                format!("set embed_text.t5_tokens = {found}, or make the embeddings again with the recipe's length")
+            }
+            Self::PublicSize { .. } => {
+                "use embeddings that were made with this base's text encoders".to_owned()
+            }
+            Self::PublicMissing { .. } => {
+                "make the embeddings from exactly these images, or set embed_text.public_embeddings = \"\" to encode \
+                 the captions here"
+                    .to_owned()
+            }
+            Self::PublicConflict { .. } => {
+                "make the embeddings again, or set embed_text.public_embeddings = \"\"".to_owned()
+            }
+            Self::Pipeline(error) => return error.help(),
+            _ => return None,
+        })
+    }
+}
