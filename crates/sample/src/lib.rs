@@ -1,0 +1,180 @@
+//! The last stage: prompts become pictures.
+//!
+//! ```text
+//! prompts ── Encoders::encode ──► Conditioning ─┐
+//! seed, number ── noise ──► tokens ─────────────┼─ denoise ──► tokens ── decode ──► PNGs, sheet.png, images.json
+//! LoRAs ── LoraStack ──► Adapters ──────────────┘
+//! ```
+//!
+//! One model is in memory at a time: the text encoders are gone before the transformer is loaded, and the transformer
+//! before the VAE. A picture depends on its prompt, its seed and its number among the pictures of that seed, and not
+//! on what else is drawn in the run.
+//!
+//! * [`plan`]: which pictures. * [`conditioning`]: texts. * [`stack`]: LoRAs. * [`denoise()`]: the loop.
+//! * [`pictures`]: pixels and files. * [`parameters`]: what a file says of its making.
+
+#![forbid(unsafe_code)]
+
+mod error;
+
+mod base;
+pub mod plan;
+
+pub mod conditioning;
+pub mod stack;
+
+mod denoise;
+pub mod parameters;
+pub mod pictures;
+
+mod drawing;
+
+#[cfg(test)]
+mod test_recipe;
+
+use autoencoder::Autoencoder;
+use mmdit::{BaseWeights, LoadOptions, Mmdit};
+use pipeline::recipe::{BaseFormat, PrecisionChoice};
+use pipeline::{Stage, StageContext, StageReport, WeightPart, files, outputs};
+use tensor::Precision;
+
+pub use crate::conditioning::{Conditioning, EncodedTexts, Encoders};
+pub use crate::denoise::{Denoising, TrueCfg, denoise};
+pub use crate::drawing::initial_noise;
+pub use crate::error::SampleError;
+pub use crate::pictures::{Picture, decode};
+pub use crate::plan::{Plan, PlanError, Shot};
+pub use crate::stack::{LoraChoice, LoraStack};
+
+use crate::base::Base;
+use crate::drawing::Drawing;
+use crate::parameters::Settings;
+
+/// Pictures that go through the transformer at once when the caller has no wish: alone, a picture is the same to the
+/// last bit whatever else is drawn. (Products of more rows add up in another order; pixels then differ by 1 of 255 here
+/// and there. Two CPU cores gain nothing from larger batches.)
+const USUAL_BATCH: usize = 1;
+
+/// Draws what the recipe asks for into the stage's directory.
+///
+/// # Errors
+///
+/// If the recipe's prompts, sizes or LoRAs cannot be used with its base, or a file cannot be read or written.
+pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
+    let recipe = &context.recipe.sample;
+    let plan = Plan::new(recipe)?;
+    let base = Base::open(context)?;
+    let latent_cells = base.latent_cells(recipe.width_px, recipe.height_px)?;
+    let device = tensor::device::select(&context.options.device)?;
+    let precision = precision_of(recipe.precision);
+    let batch = context.options.batch.unwrap_or(USUAL_BATCH).max(1);
+    let stack = LoraStack::read(&lora_choices(context), &base.transformer)?;
+    let schedule = base.schedule(context, latent_cells)?;
+
+    let encoders = Encoders {
+        clip: context.weights_dir(WeightPart::Clip),
+        clip_tokenizer: context.weights_dir(WeightPart::ClipTokenizer),
+        t5: context.weights_dir(WeightPart::T5),
+        t5_tokenizer: context.weights_dir(WeightPart::T5Tokenizer),
+        t5_tokens: recipe.t5_tokens,
+        long_texts: recipe.long_prompts,
+        batch,
+        device: device.clone(),
+        precision,
+    };
+    let texts = encoders.encode(&plan.texts(), &context.progress)?;
+
+    let options = LoadOptions {
+        device: device.clone(),
+        precision,
+        base: base_weights_of(recipe.base_format),
+    };
+    let model = Mmdit::open(&context.weights_dir(WeightPart::Transformer), &options)?;
+    let drawing = Drawing {
+        recipe,
+        plan: &plan,
+        texts: &texts,
+        schedule: &schedule,
+        latent_cells,
+        batch,
+        device: &device,
+    };
+    let latents = drawing.denoise_all(&model, &stack, context);
+    drop(model);
+
+    let vae = Autoencoder::open(&context.weights_dir(WeightPart::Vae), &device, precision)?;
+    let settings = settings(context, &base, &plan, &stack);
+    let pictures = drawing.finish(&vae, latents, &settings, context)?;
+    pictures::write_sheet(
+        &context.path(files::SHEET),
+        &pictures,
+        recipe.sheet_columns,
+        recipe.sheet_magnify,
+    )?;
+    pictures::write_index(&context.path(pictures::INDEX_FILE), &settings, &pictures)?;
+
+    let mut report = context
+        .report()
+        .count("images", pictures.len() as u64)
+        .count("prompts", plan.prompts.len() as u64)
+        .count("loras", stack.uses.len() as u64)
+        .output(outputs::IMAGES, pictures::digest_of_all(&pictures));
+    report.notes = [stack.notes, texts.notes, base.notes(recipe)].concat();
+    Ok(report)
+}
+
+fn lora_choices(context: &StageContext) -> Vec<LoraChoice> {
+    let recipe = &context.recipe.sample;
+    let trained = recipe.use_trained_lora.then(|| {
+        let path = context.input(Stage::Train).path(files::LORA);
+        LoraChoice::trained(path, recipe.lora_scale)
+    });
+    let others = recipe
+        .loras
+        .iter()
+        .map(|choice| LoraChoice::file(&choice.path, choice.scale));
+    trained.into_iter().chain(others).collect()
+}
+
+fn precision_of(choice: PrecisionChoice) -> Precision {
+    match choice {
+        PrecisionChoice::F32 => Precision::F32,
+        PrecisionChoice::Bf16 => Precision::Bf16,
+        PrecisionChoice::Fp16 => Precision::F16,
+    }
+}
+
+fn base_weights_of(format: BaseFormat) -> BaseWeights {
+    match format {
+        BaseFormat::Plain => BaseWeights::Plain,
+        BaseFormat::Nf4 => BaseWeights::Nf4 {
+            double_quant: false,
+        },
+        BaseFormat::Nf4DoubleQuant => BaseWeights::Nf4 { double_quant: true },
+    }
+}
+
+fn settings(context: &StageContext, base: &Base, plan: &Plan, stack: &LoraStack) -> Settings {
+    let recipe = &context.recipe.sample;
+    let mut parts = artifacts::Hasher::new();
+    for part in WeightPart::ALL {
+        parts.field(part.name().as_bytes());
+        parts.field(context.weights_digest(part).as_bytes());
+    }
+    let has_cfg = plan.negative_prompt.is_some();
+    Settings {
+        program: format!("spritelora {}", env!("CARGO_PKG_VERSION")),
+        base: parts.finish().to_string(),
+        untrained_base: base.untrained,
+        loras: stack.uses.clone(),
+        width_px: recipe.width_px,
+        height_px: recipe.height_px,
+        steps: recipe.steps,
+        guidance: base.transformer.guidance_embeds.then_some(recipe.guidance),
+        true_cfg_scale: has_cfg.then_some(recipe.true_cfg_scale),
+        negative_prompt: plan.negative_prompt.clone(),
+        t5_tokens: recipe.t5_tokens,
+        precision: recipe.precision,
+        base_format: recipe.base_format,
+    }
+}

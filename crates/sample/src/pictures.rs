@@ -1,0 +1,259 @@
+//! Latents into pictures, and pictures into files: PNGs that say how they were made, a contact sheet, an index.
+
+use std::io::Write as _;
+use std::path::Path;
+
+use artifacts::{Digest, Hasher, write_atomically};
+use autoencoder::{Autoencoder, pixels};
+use pixel_art::{Rgb8, Rgba8, SheetEntry, SheetStyle, contact_sheet, encode_png_rgb};
+use serde::{Deserialize, Serialize};
+use tensor::Tensor;
+
+use crate::error::SampleError;
+use crate::parameters::{JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, Settings};
+
+/// The index of a run's pictures.
+pub const INDEX_FILE: &str = "images.json";
+
+/// Space between the pictures of a sheet.
+const SHEET_GAP_PX: u32 = 8;
+
+/// Most lines of a prompt below its picture.
+const SHEET_LABEL_LINES: u32 = 6;
+
+/// Decodes latents as the transformer leaves them: tokens `(b, n, 4c)` of `latent_cells` rows and columns.
+///
+/// Waits for the device.
+///
+/// # Panics
+///
+/// If the tokens are not of that many cells or of the VAE's channels.
+pub fn decode(vae: &Autoencoder, tokens: Tensor<3>, latent_cells: [usize; 2]) -> Vec<Rgb8> {
+    let [h, w] = latent_cells;
+    let latents = mmdit::unpatchify(tokens, h, w); // b c h w
+    let pictures = vae.decode(vae.config().from_model(latents)); // b 3 f·h f·w
+    let [_, _, height_px, width_px] = pictures.dims();
+    pixels::to_rgb8(&pictures)
+        .into_iter()
+        .map(|rgb| Rgb8::new(width_px as u32, height_px as u32, rgb))
+        .collect()
+}
+
+/// A finished picture.
+#[derive(Clone, Debug)]
+pub struct Picture {
+    /// Its file's name.
+    pub file: String,
+    /// Its pixels.
+    pub image: Rgb8,
+    /// How it was made.
+    pub parameters: Parameters,
+}
+
+/// `images.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Index {
+    /// What all pictures have in common.
+    pub settings: Settings,
+    /// The pictures in the order of their numbers.
+    pub images: Vec<IndexEntry>,
+}
+
+/// One picture of the index.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IndexEntry {
+    /// Its file, beside the index.
+    pub file: String,
+    /// The prompt.
+    pub prompt: String,
+    /// The seed.
+    pub seed: u64,
+    /// Number of the picture among those of one prompt and seed.
+    pub image: u32,
+    /// BLAKE3 of its pixels, `(h w 3)`.
+    pub pixels: String,
+}
+
+impl Picture {
+    /// BLAKE3 of the pixels.
+    pub fn digest(&self) -> Digest {
+        artifacts::digest_bytes(&self.image.pixels)
+    }
+
+    /// Writes the PNG into `dir`.
+    ///
+    /// # Errors
+    ///
+    /// If the directory or the disk refuses.
+    pub fn write(&self, dir: &Path) -> Result<(), SampleError> {
+        let (json, text) = (self.parameters.to_json(), self.parameters.to_text());
+        let texts = [
+            (JSON_KEYWORD, json.as_str()),
+            (PARAMETERS_KEYWORD, text.as_str()),
+        ];
+        write_png(&dir.join(&self.file), &self.image, &texts)
+    }
+}
+
+/// Writes all pictures on one sheet, each over its prompt and, if there are several, its seed.
+///
+/// # Errors
+///
+/// If the directory or the disk refuses.
+///
+/// # Panics
+///
+/// If there are no pictures, or `columns` or `magnify` is 0.
+pub fn write_sheet(
+    path: &Path,
+    pictures: &[Picture],
+    columns: u32,
+    magnify: u32,
+) -> Result<(), SampleError> {
+    let several_seeds = pictures
+        .iter()
+        .any(|picture| picture.parameters.seed != pictures[0].parameters.seed);
+    let cells: Vec<(Rgba8, String)> = pictures
+        .iter()
+        .map(|picture| {
+            let parameters = &picture.parameters;
+            let label = if several_seeds {
+                format!("s{} {}", parameters.seed, parameters.prompt)
+            } else {
+                parameters.prompt.clone()
+            };
+            (picture.image.clone().into_rgba(), label)
+        })
+        .collect();
+    let entries: Vec<SheetEntry> = cells
+        .iter()
+        .map(|(picture, label)| SheetEntry { picture, label })
+        .collect();
+    let style = SheetStyle {
+        columns,
+        magnify,
+        gap_px: SHEET_GAP_PX,
+        label_lines: SHEET_LABEL_LINES,
+        background: [32, 32, 36],
+        ink: [224, 224, 224],
+    };
+    write_png(path, &contact_sheet(&entries, &style), &[])
+}
+
+/// Writes the index.
+///
+/// # Errors
+///
+/// If the directory or the disk refuses.
+pub fn write_index(
+    path: &Path,
+    settings: &Settings,
+    pictures: &[Picture],
+) -> Result<(), SampleError> {
+    let index = Index {
+        settings: settings.clone(),
+        images: pictures
+            .iter()
+            .map(|picture| IndexEntry {
+                file: picture.file.clone(),
+                prompt: picture.parameters.prompt.clone(),
+                seed: picture.parameters.seed,
+                image: picture.parameters.image,
+                pixels: picture.digest().to_string(),
+            })
+            .collect(),
+    };
+    let mut json =
+        serde_json::to_string_pretty(&index).expect("strings, numbers and lists are always JSON");
+    json.push('\n');
+    write_atomically(path, |file| file.write_all(json.as_bytes()))?;
+    Ok(())
+}
+
+/// One digest over the pictures' names, sizes and pixels, in order.
+pub fn digest_of_all(pictures: &[Picture]) -> Digest {
+    let mut hasher = Hasher::new();
+    for picture in pictures {
+        hasher.update(picture.file.as_bytes());
+        hasher.update(&[0]);
+        hasher.update(&picture.image.width_px.to_le_bytes());
+        hasher.update(&picture.image.height_px.to_le_bytes());
+        hasher.update(picture.digest().as_bytes());
+    }
+    hasher.finish()
+}
+
+fn write_png(path: &Path, picture: &Rgb8, texts: &[(&str, &str)]) -> Result<(), SampleError> {
+    let bytes = encode_png_rgb(picture, texts).map_err(|source| SampleError::Png {
+        path: path.to_owned(),
+        source,
+    })?;
+    write_atomically(path, |file| file.write_all(&bytes))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parameters::tests::parameters;
+    use pixel_art::read_png_text;
+
+    fn picture(seed: u64) -> Picture {
+        let mut parameters = parameters();
+        parameters.seed = seed;
+        Picture {
+            file: format!("0000-a-knight-s{seed}.png"),
+            image: Rgb8::filled(64, 96, [10, 20, seed as u8]),
+            parameters,
+        }
+    }
+
+    #[test]
+    fn a_picture_tells_how_it_was_made() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let picture = picture(7);
+        picture.write(dir.path()).expect("written");
+        let bytes = fs_err::read(dir.path().join(&picture.file)).expect("there");
+        let texts = read_png_text(&bytes).expect("a whole PNG");
+        let text = |keyword| {
+            let found = texts.iter().find(|(k, _)| k == keyword);
+            found
+                .map(|(_, text)| text.as_str())
+                .expect("the keyword is there")
+        };
+        let json: Parameters = serde_json::from_str(text(JSON_KEYWORD)).expect("JSON");
+        assert_eq!(json, picture.parameters);
+        assert_eq!(text(PARAMETERS_KEYWORD), picture.parameters.to_text());
+    }
+
+    #[test]
+    fn equal_pictures_are_equal_bytes() {
+        let dirs = [(); 2].map(|()| tempfile::tempdir().expect("a temporary directory"));
+        let bytes = dirs.each_ref().map(|dir| {
+            picture(7).write(dir.path()).expect("written");
+            fs_err::read(dir.path().join(picture(7).file)).expect("there")
+        });
+        assert_eq!(bytes[0], bytes[1]);
+    }
+
+    #[test]
+    fn the_index_lists_every_picture_once() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let pictures = [picture(1), picture(2)];
+        let path = dir.path().join(INDEX_FILE);
+        write_index(&path, &pictures[0].parameters.settings, &pictures).expect("written");
+        let index: Index =
+            serde_json::from_slice(&fs_err::read(&path).expect("there")).expect("JSON");
+        let seeds: Vec<u64> = index.images.iter().map(|entry| entry.seed).collect();
+        assert_eq!(seeds, [1, 2]);
+        assert_ne!(index.images[0].pixels, index.images[1].pixels);
+    }
+
+    #[test]
+    fn the_digest_follows_pixels_and_order() {
+        let (one, two) = (picture(1), picture(2));
+        let forth = digest_of_all(&[one.clone(), two.clone()]);
+        assert_eq!(forth, digest_of_all(&[one.clone(), two.clone()]));
+        assert_ne!(forth, digest_of_all(&[two, one]));
+    }
+}
