@@ -1,0 +1,277 @@
+//! The stage: from the recipe and the artifacts before it to a LoRA, its metrics and its checkpoints.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use artifacts::{Digest, Footer, digest_file, metrics};
+use autoencoder::AutoencoderConfig;
+use flow_matching::{Density, Scheduler, SchedulerConfig, Weighting};
+use mmdit::patches::PATCH_CELLS;
+use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
+use pipeline::recipe::{self, BaseFormat, PrecisionChoice, TimestepSampling, TrainRecipe};
+use pipeline::{Fingerprint, Stage, StageContext, StageReport, WeightPart, files, outputs};
+use tensor::{Precision, device};
+
+use crate::batch::LatentScaling;
+use crate::checkpoint::{self, Checkpoint};
+use crate::data::{DataFiles, Sampling, TrainingData};
+use crate::error::TrainError;
+use crate::lora_state::TrainableLora;
+use crate::trainer::Trainer;
+
+/// Runs the stage, from the newest checkpoint of an interrupted run if there is one.
+///
+/// # Errors
+///
+/// If the data and the base do not belong together, the device or a file cannot be used, or training falls apart.
+pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
+    let recipe = &context.recipe.train;
+    // Everything that can be wrong is looked at before the transformer is loaded.
+    let transformer_dir = context.weights_dir(WeightPart::Transformer);
+    let config = MmditConfig::from_file(&transformer_dir.join("config.json"))?;
+    let data = open_data(context, &config)?;
+    let lora = TrainableLora::untrained(&config, recipe)?;
+    let device = device::training(&device::select(&context.options.device)?);
+    let model = Mmdit::open(
+        &transformer_dir,
+        &LoadOptions {
+            device,
+            precision: precision(recipe.precision),
+            base: base_weights(recipe.base_format),
+        },
+    )?;
+
+    let fingerprint = Fingerprint::of(&context.components).to_string();
+    let mut trainer = Trainer::new(&model, &data, recipe, lora, fingerprint.clone());
+    let checkpoints = context.path(files::CHECKPOINTS);
+    let num_resumed = resume(&mut trainer, &checkpoints, &fingerprint)?;
+    train(context, &mut trainer, &data, &checkpoints, &fingerprint)?;
+
+    let lora_path = context.path(files::LORA);
+    let file = trainer
+        .lora()
+        .to_file(provenance(context, &data, &fingerprint, recipe.steps));
+    file.write(&lora_path)?;
+    metrics::write(
+        &context.path(files::METRICS),
+        trainer.metrics(),
+        &Footer::new(),
+    )?;
+    Ok(report(context, &trainer, &data, num_resumed)
+        .output(outputs::LORA, digest_file(&lora_path)?))
+}
+
+fn open_data(context: &StageContext, config: &MmditConfig) -> Result<TrainingData, TrainError> {
+    let recipe = &context.recipe.train;
+    let vae_path = context.weights_dir(WeightPart::Vae).join("config.json");
+    let vae = AutoencoderConfig::from_file(&vae_path)?;
+    let token_channels = vae.latent_channels * PATCH_CELLS * PATCH_CELLS;
+    if token_channels != config.in_channels || token_channels != config.velocity_channels() {
+        return Err(TrainError::PartsDiffer {
+            base: context.recipe.base.path.clone(),
+            in_channels: config.in_channels,
+            out_channels: config.velocity_channels(),
+            latent_channels: token_channels,
+        });
+    }
+    let scheduler_path = context
+        .weights_dir(WeightPart::Scheduler)
+        .join("scheduler_config.json");
+    let vae_digest: Digest = context
+        .weights_digest(WeightPart::Vae)
+        .parse()
+        .expect("the pipeline's digests are BLAKE3 in hexadecimal");
+    let ingest = context.input(Stage::Ingest);
+    let data_files = DataFiles {
+        samples: ingest.path(files::SAMPLES),
+        captions: ingest.path(files::CAPTIONS),
+        embeddings: context.input(Stage::EmbedText).path(files::EMBEDDINGS),
+        latents: context.input(Stage::CacheLatents).dir.clone(),
+    };
+    let sampling = Sampling {
+        seed: recipe.seed,
+        density: density(recipe),
+        weighting: weighting(recipe),
+        scheduler: Scheduler::new(SchedulerConfig::from_file(&scheduler_path)?),
+        scaling: LatentScaling {
+            shift: vae.shift_factor as f32,
+            scale: vae.scaling_factor as f32,
+        },
+    };
+    let t5_tokens = context.recipe.embed_text.t5_tokens;
+    TrainingData::open(&data_files, config, t5_tokens, vae_digest, sampling)
+}
+
+/// Continues from the newest checkpoint that is sound, and says which step that was.
+fn resume(
+    trainer: &mut Trainer<'_>,
+    checkpoints: &Path,
+    fingerprint: &str,
+) -> Result<u32, TrainError> {
+    for path in checkpoint::list(checkpoints).map_err(TrainError::Checkpoints)? {
+        let shown = path.display();
+        match Checkpoint::read(&path, fingerprint, trainer.lora()) {
+            Ok(checkpoint) => match trainer.restore(checkpoint) {
+                Ok(()) => {
+                    tracing::info!(step = trainer.num_steps(), checkpoint = %shown, "continuing");
+                    return Ok(trainer.num_steps());
+                }
+                Err(error) => tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over"),
+            },
+            Err(error) => tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over"),
+        }
+    }
+    Ok(0)
+}
+
+/// All steps that are left, with a checkpoint now and then.
+fn train(
+    context: &StageContext,
+    trainer: &mut Trainer<'_>,
+    data: &TrainingData,
+    checkpoints: &Path,
+    fingerprint: &str,
+) -> Result<(), TrainError> {
+    let recipe = &context.recipe.train;
+    let job = context.progress.job("train", recipe.steps.into(), "steps");
+    job.already_done(trainer.num_steps().into());
+    while trainer.num_steps() < recipe.steps {
+        let row = trainer.step()?;
+        job.message(format!("loss {:.4}", row.loss));
+        if row.skipped {
+            tracing::warn!(
+                step = row.step,
+                loss_scale = row.loss_scale,
+                "gradients not finite, step skipped"
+            );
+            continue;
+        }
+        tracing::debug!(
+            step = row.step,
+            loss = row.loss,
+            grad_norm = row.grad_norm,
+            "step"
+        );
+        job.advance(1);
+        let num_steps = trainer.num_steps();
+        if num_steps.is_multiple_of(recipe.checkpoint_every) {
+            fs_err::create_dir_all(checkpoints).map_err(TrainError::Checkpoints)?;
+            // The LoRA first: where there is a checkpoint, there is its LoRA to draw with.
+            let metadata = provenance(context, data, fingerprint, num_steps);
+            let snapshot = format!("lora-{num_steps:06}.safetensors");
+            trainer
+                .lora()
+                .to_file(metadata)
+                .write(&checkpoints.join(snapshot))?;
+            let path = checkpoints.join(checkpoint::file_name(num_steps));
+            trainer.checkpoint().write(&path, trainer.lora())?;
+            checkpoint::prune(checkpoints, num_steps, recipe.keep_checkpoints as usize)
+                .map_err(TrainError::Checkpoints)?;
+            tracing::debug!(step = num_steps, checkpoint = %path.display(), "checkpoint");
+        }
+    }
+    job.finish();
+    Ok(())
+}
+
+/// Where the LoRA comes from; nothing that depends on time or place, so that its bytes do not.
+fn provenance(
+    context: &StageContext,
+    data: &TrainingData,
+    fingerprint: &str,
+    num_steps: u32,
+) -> BTreeMap<String, String> {
+    let entries = [
+        ("fingerprint", fingerprint.to_owned()),
+        ("recipe", context.recipe.name.clone()),
+        (
+            "base",
+            context.weights_digest(WeightPart::Transformer).to_owned(),
+        ),
+        ("steps", num_steps.to_string()),
+        ("seed", data.seed().to_string()),
+        ("images", data.num_images().to_string()),
+        ("captions", data.num_captions().to_string()),
+    ];
+    entries
+        .into_iter()
+        .map(|(key, value)| (format!("spritelora.{key}"), value))
+        .collect()
+}
+
+fn report(
+    context: &StageContext,
+    trainer: &Trainer<'_>,
+    data: &TrainingData,
+    num_resumed: u32,
+) -> StageReport {
+    let metrics = trainer.metrics();
+    let num_skipped = metrics.iter().filter(|row| row.skipped).count();
+    let mut report = context
+        .report()
+        .count("steps", trainer.num_steps().into())
+        .count("resumed_at_step", num_resumed.into())
+        .count("skipped_steps", num_skipped as u64)
+        .count("images", data.num_images() as u64)
+        .count("captions", data.num_captions() as u64)
+        .count("pairs", data.num_pairs() as u64);
+    // Single losses are mostly the noise level that was drawn; a tenth of the run says more.
+    let tenth = metrics.len().div_ceil(10);
+    let mean = |rows: &[artifacts::MetricRow]| {
+        rows.iter().map(|row| f64::from(row.loss)).sum::<f64>() / rows.len().max(1) as f64
+    };
+    if metrics.len() >= 2 {
+        report = report.note(format!(
+            "mean loss {:.4} over the first tenth of the steps, {:.4} over the last",
+            mean(&metrics[..tenth]),
+            mean(&metrics[metrics.len() - tenth..])
+        ));
+    }
+    if num_resumed > 0 {
+        report = report.note(format!(
+            "continued from the checkpoint of step {num_resumed}"
+        ));
+    }
+    report
+}
+
+fn density(recipe: &TrainRecipe) -> Density {
+    match recipe.timestep_sampling {
+        TimestepSampling::Uniform => Density::Uniform,
+        TimestepSampling::LogitNormal => Density::LogitNormal {
+            mean: recipe.logit_mean as f32,
+            std: recipe.logit_std as f32,
+        },
+        TimestepSampling::Mode => Density::Mode {
+            scale: recipe.mode_scale as f32,
+        },
+    }
+}
+
+fn weighting(recipe: &TrainRecipe) -> Weighting {
+    match recipe.weighting {
+        recipe::Weighting::SigmaSqrt => Weighting::SigmaSqrt,
+        recipe::Weighting::Cosmap => Weighting::Cosmap,
+        recipe::Weighting::None | recipe::Weighting::LogitNormal | recipe::Weighting::Mode => {
+            Weighting::None
+        }
+    }
+}
+
+fn precision(choice: PrecisionChoice) -> Precision {
+    match choice {
+        PrecisionChoice::F32 => Precision::F32,
+        PrecisionChoice::Bf16 => Precision::Bf16,
+        PrecisionChoice::Fp16 => Precision::F16,
+    }
+}
+
+fn base_weights(format: BaseFormat) -> BaseWeights {
+    match format {
+        BaseFormat::Plain => BaseWeights::Plain,
+        BaseFormat::Nf4 => BaseWeights::Nf4 {
+            double_quant: false,
+        },
+        BaseFormat::Nf4DoubleQuant => BaseWeights::Nf4 { double_quant: true },
+    }
+}

@@ -1,0 +1,200 @@
+//! A run, step by step.
+
+use std::time::Instant;
+
+use artifacts::MetricRow;
+use flow_matching::LearningRateSchedule;
+use mmdit::{Mmdit, Rope};
+use pipeline::recipe::{Schedule, TrainRecipe};
+
+use crate::checkpoint::{Checkpoint, RunState};
+use crate::data::TrainingData;
+use crate::error::TrainError;
+use crate::lora_state::TrainableLora;
+use crate::micro::micro_step;
+use crate::optimise::{GradientSum, LoraOptimizer};
+
+/// So many steps in a row without finite gradients and the run is given up. A loss scale of 2¹⁶ that halves so often
+/// is far below anything that could still overflow.
+const MAX_SKIPPED_IN_A_ROW: usize = 32;
+
+/// Last learning rate of the polynomial schedule (`lr_end` upstream).
+const POLYNOMIAL_END: f64 = 1e-7;
+
+/// A training run: the model is frozen, the LoRA and the optimiser's state change.
+pub struct Trainer<'a> {
+    model: &'a Mmdit,
+    data: &'a TrainingData,
+    recipe: &'a TrainRecipe,
+    fingerprint: String,
+    rope: Rope,
+    schedule: LearningRateSchedule,
+    lora: TrainableLora,
+    optimizer: LoraOptimizer,
+    num_groups: u64,
+    metrics: Vec<MetricRow>,
+}
+
+impl<'a> Trainer<'a> {
+    /// A run at its beginning.
+    ///
+    /// The model must have been loaded on a device that records operations ([`tensor::device::training`]).
+    pub fn new(
+        model: &'a Mmdit,
+        data: &'a TrainingData,
+        recipe: &'a TrainRecipe,
+        lora: TrainableLora,
+        fingerprint: String,
+    ) -> Self {
+        let [_, height, width] = data.latent_shape();
+        let [num_text_tokens, _] = data.text_shape();
+        Self {
+            model,
+            data,
+            recipe,
+            fingerprint,
+            rope: model.rope(num_text_tokens, [height, width]),
+            schedule: schedule(recipe),
+            optimizer: LoraOptimizer::of(recipe, &lora),
+            lora,
+            num_groups: 0,
+            metrics: Vec::new(),
+        }
+    }
+
+    /// Continues from a checkpoint of this run.
+    ///
+    /// # Errors
+    ///
+    /// If the optimiser's state does not fit; then nothing has changed.
+    pub fn restore(&mut self, checkpoint: Checkpoint) -> Result<(), quant::QuantError> {
+        let RunState {
+            num_steps,
+            num_groups,
+            scaler,
+            ..
+        } = checkpoint.state;
+        self.optimizer
+            .import(num_steps.into(), checkpoint.optimizer, scaler)?;
+        self.lora.values = checkpoint.lora;
+        self.num_groups = num_groups;
+        self.metrics = checkpoint.metrics;
+        Ok(())
+    }
+
+    /// What a later run can continue from.
+    pub fn checkpoint(&self) -> Checkpoint {
+        Checkpoint {
+            state: RunState::new(
+                self.fingerprint.clone(),
+                self.num_steps(),
+                self.num_groups,
+                self.optimizer.scaler(),
+            ),
+            lora: self.lora.values.clone(),
+            optimizer: self.optimizer.export(),
+            metrics: self.metrics.clone(),
+        }
+    }
+
+    /// Optimiser steps taken.
+    pub fn num_steps(&self) -> u32 {
+        u32::try_from(self.optimizer.num_steps()).expect("a recipe's number of steps is 32 bits")
+    }
+
+    /// The LoRA as it is now.
+    pub fn lora(&self) -> &TrainableLora {
+        &self.lora
+    }
+
+    /// What every step did, skipped ones included.
+    pub fn metrics(&self) -> &[MetricRow] {
+        &self.metrics
+    }
+
+    /// Tries one optimiser step: all its micro-batches, and the step unless a gradient is not finite.
+    ///
+    /// # Errors
+    ///
+    /// If data cannot be read, or too many steps in a row could not be taken.
+    pub fn step(&mut self) -> Result<MetricRow, TrainError> {
+        let started = Instant::now();
+        let TrainRecipe {
+            accumulation,
+            micro_batch,
+            guidance,
+            learning_rate,
+            ..
+        } = *self.recipe;
+        let uses_per_group = u64::from(accumulation) * u64::from(micro_batch);
+        let first_use = self.num_groups * uses_per_group;
+        let loss_factor = self.optimizer.loss_factor(accumulation);
+        let mut sum = GradientSum::new();
+        let mut sigma_sum = 0.0;
+        for micro in 0..u64::from(accumulation) {
+            let start = first_use + micro * u64::from(micro_batch);
+            let batch = self.data.batch(start, micro_batch as usize)?;
+            sigma_sum += batch.points.iter().map(|p| f64::from(p.sigma)).sum::<f64>();
+            sum.add(micro_step(
+                self.model,
+                &self.rope,
+                &self.lora,
+                &batch,
+                guidance as f32,
+                loss_factor,
+            ));
+        }
+
+        let steps_before = self.num_steps();
+        let learning_rate = self.schedule.at(
+            learning_rate,
+            steps_before.into(),
+            self.recipe.warmup_steps.into(),
+            self.recipe.steps.into(),
+        );
+        let loss = sum.mean_loss();
+        let (outcome, _) = self.optimizer.step(&mut self.lora, sum, learning_rate);
+        self.num_groups += 1;
+        let row = MetricRow {
+            step: steps_before + 1,
+            loss,
+            grad_norm: outcome.grad_norm,
+            learning_rate,
+            mean_sigma: (sigma_sum / uses_per_group as f64) as f32,
+            clipped: outcome.clipped,
+            skipped: outcome.skipped,
+            loss_scale: outcome.loss_scale,
+            step_s: started.elapsed().as_secs_f64(),
+        };
+        self.metrics.push(row);
+        let num_skipped = self
+            .metrics
+            .iter()
+            .rev()
+            .take_while(|row| row.skipped)
+            .count();
+        if num_skipped >= MAX_SKIPPED_IN_A_ROW {
+            return Err(TrainError::Diverged {
+                step: row.step,
+                num_skipped,
+            });
+        }
+        Ok(row)
+    }
+}
+
+fn schedule(recipe: &TrainRecipe) -> LearningRateSchedule {
+    match recipe.schedule {
+        Schedule::Constant => LearningRateSchedule::Constant,
+        Schedule::ConstantWithWarmup => LearningRateSchedule::ConstantWithWarmup,
+        Schedule::Linear => LearningRateSchedule::Linear,
+        Schedule::Cosine => LearningRateSchedule::Cosine,
+        Schedule::CosineWithRestarts => LearningRateSchedule::CosineWithRestarts {
+            num_cycles: recipe.schedule_cycles,
+        },
+        Schedule::Polynomial => LearningRateSchedule::Polynomial {
+            power: recipe.schedule_power,
+            end: POLYNOMIAL_END,
+        },
+    }
+}
