@@ -1,0 +1,334 @@
+//! The second phase: the transformer, with T5 and CLIP from scratch beside it, by flow matching.
+//!
+//! Latents of every version of every picture are computed once and stay on the device as mean and deviation; each use
+//! draws from the posterior anew. Velocity is compared token by token, all noise levels weighted alike.
+
+use autoencoder::{Autoencoder, AutoencoderConfig};
+use burn::tensor::Distribution;
+use burn::tensor::backend::Backend as _;
+use flow_matching::noise::{Purpose, Stream};
+use mmdit::model::BaseWeights;
+use mmdit::{Adapters, LoadOptions, Mmdit, MmditConfig, MmditInput, Rope, patchify};
+use random_base::{Part, initial_values};
+use rayon::prelude::*;
+use serde_json::json;
+use tensor::{Backend, DType, Device, ParameterSpec, Precision, Tensor, Weights, device, from_f32};
+use text_encoders::{ClipConfig, ClipTextModel, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
+
+use crate::PretrainError;
+use crate::augment::variant;
+use crate::recipe::{BaseRecipe, PretrainRecipe};
+use crate::run::{Ended, Run};
+use crate::state::{Layout, TrainState};
+use crate::vae_phase::{gather, to_tensor};
+
+/// Places of the models in the state's layout.
+pub(crate) const TRANSFORMER: usize = 0;
+pub(crate) const CLIP: usize = 1;
+pub(crate) const T5: usize = 2;
+
+/// Pictures that the autoencoder encodes at once.
+const ENCODE: usize = 128;
+
+/// Sizes of everything that learns in this phase.
+#[derive(Clone, Debug)]
+pub(crate) struct BaseConfigs {
+    pub transformer: MmditConfig,
+    pub clip: ClipConfig,
+    pub t5: T5Config,
+}
+
+/// Captions as both tokenizers' ids.
+pub(crate) struct Tokenizers {
+    t5: T5Tokenizer,
+    clip: ClipTokenizer,
+    t5_tokens: usize,
+}
+
+/// One caption's ids.
+#[derive(Clone, Debug)]
+pub(crate) struct CaptionIds {
+    pub t5: Vec<u32>,
+    pub clip: Vec<u32>,
+}
+
+impl Tokenizers {
+    pub(crate) fn open(recipe: &PretrainRecipe) -> Result<Self, PretrainError> {
+        Ok(Self {
+            clip: ClipTokenizer::open(&recipe.tokenizers.join("tokenizer"))?,
+            t5: T5Tokenizer::open(&recipe.tokenizers.join("tokenizer_2"))?,
+            t5_tokens: recipe.base.t5_tokens,
+        })
+    }
+
+    pub(crate) fn ids(&self, caption: &str) -> Result<CaptionIds, PretrainError> {
+        Ok(CaptionIds {
+            t5: self.t5.encode(caption, self.t5_tokens)?.ids,
+            clip: self.clip.encode(caption)?.ids,
+        })
+    }
+}
+
+/// Transformer and text encoders, built around one set of weights.
+pub(crate) struct Models {
+    pub transformer: Mmdit,
+    clip: ClipTextModel,
+    t5: T5Encoder,
+}
+
+impl Models {
+    pub(crate) fn load(
+        weights: &[Weights],
+        configs: &BaseConfigs,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self, PretrainError> {
+        let options = LoadOptions {
+            device: device.clone(),
+            precision,
+            base: BaseWeights::Plain,
+        };
+        Ok(Self {
+            transformer: Mmdit::load(&weights[TRANSFORMER], configs.transformer.clone(), &options)?,
+            // Small, and gradients of common words are sums of thousands: half precision would lose them.
+            clip: ClipTextModel::load(&weights[CLIP], &configs.clip, device, Precision::F32)?,
+            t5: T5Encoder::load(&weights[T5], &configs.t5, device, Precision::F32)?,
+        })
+    }
+
+    /// Velocity of noisy latents as tokens `(b, n, 4c)`, in `f32`.
+    pub(crate) fn velocity(
+        &self,
+        tokens: Tensor<3>,
+        captions: &[&CaptionIds],
+        sigmas: &[f32],
+        rope: &Rope,
+    ) -> Tensor<3> {
+        let t5: Vec<Vec<u32>> = captions.iter().map(|ids| ids.t5.clone()).collect();
+        let clip: Vec<Vec<u32>> = captions.iter().map(|ids| ids.clip.clone()).collect();
+        let guidance = vec![1.0; sigmas.len()];
+        let input = MmditInput {
+            hidden_states: tokens,
+            encoder_hidden_states: self.t5.encode(&t5),
+            pooled_projections: self.clip.encode(&clip).pooled,
+            timestep: sigmas,
+            guidance: self
+                .transformer
+                .config()
+                .guidance_embeds
+                .then_some(guidance.as_slice()),
+            rope,
+        };
+        self.transformer
+            .forward(&input, &Adapters::none())
+            .cast(DType::F32)
+    }
+}
+
+/// Means and deviations of latents, one picture in a row.
+pub(crate) struct Latents {
+    mean: Tensor<2>,
+    deviation: Tensor<2>,
+    /// `c h w`.
+    pub shape: [usize; 3],
+}
+
+impl Latents {
+    /// Latents as the transformer sees them, `(x − shift)·scale`, drawn from their posteriors: `(b, c, h, w)`.
+    pub(crate) fn draw(&self, places: Vec<i32>, vae: &AutoencoderConfig) -> Tensor<4> {
+        let b = places.len();
+        let [c, h, w] = self.shape;
+        let mean = gather(&self.mean, places.clone());
+        let noise =
+            Tensor::<2>::random(mean.dims(), Distribution::Normal(0.0, 1.0), &mean.device());
+        let latents = mean + gather(&self.deviation, places) * noise;
+        vae.to_model(latents.reshape([b, c, h, w]))
+    }
+
+    /// Encodes pictures that `make` gives one by one.
+    pub(crate) fn encode(
+        vae: &Autoencoder,
+        num: usize,
+        device: &Device,
+        make: impl Fn(usize) -> pixel_art::Rgb8 + Sync,
+    ) -> Self {
+        let (mut means, mut deviations) = (Vec::new(), Vec::new());
+        let mut shape = [0; 3];
+        for start in (0..num).step_by(ENCODE) {
+            let end = (start + ENCODE).min(num);
+            let pictures: Vec<_> = (start..end).into_par_iter().map(&make).collect();
+            let posterior = vae.encode(to_tensor(&pictures, device));
+            let [b, c, h, w] = posterior.mean.dims();
+            shape = [c, h, w];
+            means.push(posterior.mean.reshape([b, c * h * w]));
+            deviations.push((posterior.logvar * 0.5).exp().reshape([b, c * h * w]));
+        }
+        Self {
+            mean: Tensor::cat(means, 0),
+            deviation: Tensor::cat(deviations, 0),
+            shape,
+        }
+    }
+
+    /// Mean and standard deviation of all latent values, posterior's spread included.
+    pub(crate) fn statistics(&self) -> (f64, f64) {
+        let scalar = |value: Tensor<1>| f64::from(tensor::to_f32(&value)[0]);
+        let mean = scalar(self.mean.clone().mean());
+        let spread = scalar((self.mean.clone() - mean).powi_scalar(2).mean())
+            + scalar(self.deviation.clone().powi_scalar(2).mean());
+        (mean, spread.sqrt())
+    }
+}
+
+/// Trains until done or out of time.
+pub(crate) fn train(
+    run: &Run<'_>,
+    vae: &Autoencoder,
+    vae_name: &str,
+    configs: &BaseConfigs,
+) -> Result<(TrainState, Ended), PretrainError> {
+    let recipe = &run.recipe.base;
+    let optimizer = &recipe.optimizer;
+    let seed = run.recipe.seed;
+    let precision = optimizer.precision().expect("a checked recipe");
+    let layout = Layout::new(vec![
+        configs.transformer.parameters(),
+        configs.clip.parameters(),
+        configs.t5.parameters(),
+    ]);
+    let d_kv = configs.t5.d_kv;
+    let mut state = TrainState::new(layout, &run.device, |model, spec| {
+        initial(model, spec, seed, d_kv)
+    });
+    let name = run.name("base", vae_name);
+    state.resume(&run.work.join("base.safetensors"), &name)?;
+    if state.step >= optimizer.steps {
+        return Ok((state, Ended::Done));
+    }
+
+    // Every pair, then its versions.
+    let tokenizers = Tokenizers::open(run.recipe)?;
+    let corpus = run.corpus;
+    let versions = 1 + run.recipe.corpus.variants;
+    let num = corpus.pairs.len() * versions;
+    let version = |index: usize| {
+        let (place, number) = (index / versions, index % versions);
+        let pair = &corpus.pairs[place];
+        variant(
+            &corpus.pictures[pair.picture],
+            &pair.caption,
+            place,
+            number,
+            seed,
+        )
+    };
+    let began = std::time::Instant::now();
+    let latents = Latents::encode(vae, num, &run.device, |index| version(index).0);
+    let captions: Vec<CaptionIds> = (0..num)
+        .into_par_iter()
+        .map(|index| tokenizers.ids(&version(index).1))
+        .collect::<Result<_, _>>()?;
+    let empty = tokenizers.ids("")?;
+    run.log(&json!({
+        "phase": "latents", "pictures": num, "latent_shape": latents.shape,
+        "elapsed_s": began.elapsed().as_secs_f64(),
+    }))?;
+
+    let training = device::training(&run.device);
+    let [_, h, w] = latents.shape;
+    let rope = Rope::for_latent(&configs.transformer, recipe.t5_tokens, [h, w], &training);
+    let ended = run.train("base", &name, optimizer, &mut state, |state| {
+        let step = state.step;
+        let mut stream = Stream::new(seed, Purpose::Order, step, "pretrain/base");
+        let places: Vec<usize> = (0..optimizer.batch)
+            .map(|_| {
+                let pair = stream.below(corpus.pairs.len() as u64) as usize;
+                let is_original = f64::from(stream.uniform()) < recipe.original_share;
+                let number = if versions == 1 || is_original {
+                    0
+                } else {
+                    1 + stream.below(versions as u64 - 1) as usize
+                };
+                pair * versions + number
+            })
+            .collect();
+        let ids: Vec<&CaptionIds> = places
+            .iter()
+            .map(|&place| {
+                if f64::from(stream.uniform()) < recipe.caption_dropout {
+                    &empty
+                } else {
+                    &captions[place]
+                }
+            })
+            .collect();
+        let sigmas = times(&mut stream, recipe, optimizer.batch);
+        Backend::seed(&run.device, seed ^ (step << 8) ^ 1);
+        let clean = latents.draw(
+            places.iter().map(|&place| place as i32).collect(),
+            vae.config(),
+        );
+        let noise = Tensor::<4>::random(clean.dims(), Distribution::Normal(0.0, 1.0), &run.device);
+        let (noisy, target) = noised(clean, noise, &sigmas);
+        let leaves = state.leaves();
+        let models = Models::load(&leaves.weights, configs, &training, precision)?;
+        let velocity = models.velocity(Tensor::from_inner(noisy), &ids, &sigmas, &rope);
+        let target: Tensor<3> = Tensor::from_inner(target);
+        let loss = (velocity - target).powi_scalar(2).mean();
+        let gradients = loss.backward();
+        let norm = state.update(&leaves, &gradients, optimizer);
+        Ok([loss.inner(), norm])
+    })?;
+    Ok((state, ended))
+}
+
+/// `(1 − σ) x₀ + σ ε` and `ε − x₀` as tokens.
+pub(crate) fn noised(clean: Tensor<4>, noise: Tensor<4>, sigmas: &[f32]) -> (Tensor<3>, Tensor<3>) {
+    let sigma = from_f32(sigmas.to_vec(), [sigmas.len(), 1, 1, 1], &clean.device());
+    let target = noise - clean.clone();
+    let noisy = clean + target.clone() * sigma;
+    (patchify(noisy), patchify(target))
+}
+
+/// Noise levels of a batch.
+fn times(stream: &mut Stream, recipe: &BaseRecipe, count: usize) -> Vec<f32> {
+    (0..count)
+        .map(|_| {
+            let z = recipe.logit_mean + recipe.logit_std * f64::from(stream.normal());
+            shifted(1.0 / (1.0 + (-z).exp()), recipe.shift_mu) as f32
+        })
+        .collect()
+}
+
+/// The noise level of a larger picture that hides as much as `sigma` does of a small one.
+pub(crate) fn shifted(sigma: f64, mu: f64) -> f64 {
+    let factor = mu.exp();
+    factor * sigma / (1.0 + (factor - 1.0) * sigma)
+}
+
+/// Where training starts: as a random base does, but blocks pass their input through and no velocity is said.
+fn initial(model: usize, spec: &ParameterSpec, seed: u64, d_kv: usize) -> Vec<f32> {
+    let part = match model {
+        TRANSFORMER => Part::Transformer,
+        CLIP => Part::TextEncoder,
+        _ => Part::TextEncoder2 { d_kv },
+    };
+    let is_modulation = spec.name.contains("norm") && spec.name.contains("linear");
+    if model == TRANSFORMER && (is_modulation || spec.name.starts_with("proj_out")) {
+        return vec![0.0; spec.num_elements() as usize];
+    }
+    initial_values(part, spec, seed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shift_keeps_the_ends_and_raises_the_middle() {
+        assert_eq!(shifted(0.0, 0.5), 0.0);
+        assert!((shifted(1.0, 0.5) - 1.0).abs() < 1e-12);
+        let e = 0.5f64.exp();
+        assert!((shifted(0.5, 0.5) - e / (1.0 + e)).abs() < 1e-12);
+    }
+}

@@ -1,0 +1,113 @@
+//! Why a base could not be trained.
+
+use std::path::PathBuf;
+
+use artifacts::ArtifactError;
+use pipeline::{FailureKind, StageError};
+
+/// Why a base could not be trained.
+#[derive(Debug, thiserror::Error)]
+pub enum PretrainError {
+    /// A file could not be read or written.
+    #[error("cannot read or write a file of the run")]
+    Read(#[source] std::io::Error),
+    /// The recipe is no recipe.
+    #[error("{path} is no pretraining recipe")]
+    Recipe {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        source: Box<toml::de::Error>,
+    },
+    /// A field says what cannot be.
+    #[error("the recipe's `{field}` cannot be used; expected {advice}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What would do.
+        advice: &'static str,
+    },
+    /// A picture of a corpus cannot be decoded.
+    #[error("row {row} of {path} is no picture")]
+    Picture {
+        /// The file.
+        path: PathBuf,
+        /// The row.
+        row: u32,
+        /// What is wrong with it.
+        source: pixel_art::DecodeError,
+    },
+    /// A part of the corpus that is needed is empty.
+    #[error("there are no {what}")]
+    Empty {
+        /// What is not there.
+        what: &'static str,
+    },
+    /// A checkpoint belongs to another recipe or another program.
+    #[error("{path} continues another run: {detail}")]
+    OtherRun {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What differs.
+        detail: String,
+    },
+    /// The loss is no number any more.
+    #[error("the loss of the {phase} is {loss} at step {step}")]
+    Diverged {
+        /// Which phase.
+        phase: &'static str,
+        /// The step.
+        step: u64,
+        /// What it is.
+        loss: f32,
+    },
+    /// A file of ours is damaged, or could not be written.
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    /// The device is not there.
+    #[error(transparent)]
+    Device(#[from] tensor::DeviceError),
+    /// The transformer could not be built.
+    #[error(transparent)]
+    Transformer(#[from] mmdit::MmditError),
+    /// The autoencoder could not be built.
+    #[error(transparent)]
+    Autoencoder(#[from] autoencoder::AutoencoderError),
+    /// A text encoder could not be built.
+    #[error(transparent)]
+    TextEncoder(#[from] text_encoders::EncoderError),
+    /// A tokenizer could not be read.
+    #[error(transparent)]
+    Tokenizer(#[from] text_encoders::TokenizerError),
+    /// A picture could not be written.
+    #[error(transparent)]
+    Png(#[from] pixel_art::PngTextError),
+}
+
+impl StageError for PretrainError {
+    fn kind(&self) -> FailureKind {
+        match self {
+            Self::Recipe { .. }
+            | Self::Field { .. }
+            | Self::Picture { .. }
+            | Self::Empty { .. }
+            | Self::OtherRun { .. }
+            | Self::Device(_)
+            | Self::Tokenizer(_) => FailureKind::BadInput,
+            _ => FailureKind::Failed,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            Self::OtherRun { .. } => {
+                Some("choose another --work directory, or remove the old checkpoint yourself".to_owned())
+            }
+            Self::Diverged { .. } => Some(
+                "lower optimizer.learning_rate, or take precision = \"f32\"; the last checkpoint is from before"
+                    .to_owned(),
+            ),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! A trained base as a directory in diffusers' layout, half precision, with its model card.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::Path;
+
+use artifacts::{Dtype, TensorToWrite, write_atomically, write_safetensors};
+use half::f16;
+use random_base::Preset;
+use serde_json::Value;
+use tensor::ParameterSpec;
+
+use crate::PretrainError;
+
+/// Writes one file, making its directory.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), PretrainError> {
+    if let Some(dir) = path.parent() {
+        fs_err::create_dir_all(dir).map_err(PretrainError::Read)?;
+    }
+    write_atomically(path, |file| file.write_all(bytes))?;
+    Ok(())
+}
+
+/// Writes JSON as people read it.
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), PretrainError> {
+    write_file(path, format!("{value:#}\n").as_bytes())
+}
+
+/// Writes the configurations of all parts, the scheduler's and the tokenizers' files.
+pub(crate) fn write_skeleton(
+    base: &Path,
+    preset: Preset,
+    vae: &Value,
+    tokenizers: &Path,
+) -> Result<(), PretrainError> {
+    write_json(
+        &base.join("scheduler/scheduler_config.json"),
+        &preset.scheduler(),
+    )?;
+    for (part, config) in [
+        ("transformer", &preset.transformer()),
+        ("vae", vae),
+        ("text_encoder", &preset.text_encoder()),
+        ("text_encoder_2", &preset.text_encoder_2()),
+    ] {
+        write_json(&base.join(part).join("config.json"), config)?;
+    }
+    for part in ["tokenizer", "tokenizer_2"] {
+        let mut files: Vec<_> = fs_err::read_dir(tokenizers.join(part))
+            .map_err(PretrainError::Read)?
+            .collect::<Result<_, _>>()
+            .map_err(PretrainError::Read)?;
+        files.sort_by_key(|entry| entry.file_name());
+        for entry in files {
+            let bytes = fs_err::read(entry.path()).map_err(PretrainError::Read)?;
+            write_file(&base.join(part).join(entry.file_name()), &bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes weights in half precision.
+pub(crate) fn write_weights(
+    path: &Path,
+    parameters: &[(ParameterSpec, Vec<f32>)],
+) -> Result<(), PretrainError> {
+    let halves: Vec<Vec<f16>> = parameters
+        .iter()
+        .map(|(_, values)| values.iter().map(|&value| f16::from_f32(value)).collect())
+        .collect();
+    let tensors: Vec<TensorToWrite> = parameters
+        .iter()
+        .zip(&halves)
+        .map(|((spec, _), values)| TensorToWrite {
+            name: &spec.name,
+            dtype: Dtype::F16,
+            shape: &spec.shape,
+            bytes: bytemuck::cast_slice(values),
+        })
+        .collect();
+    if let Some(dir) = path.parent() {
+        fs_err::create_dir_all(dir).map_err(PretrainError::Read)?;
+    }
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    write_safetensors(path, &tensors, &metadata)?;
+    Ok(())
+}

@@ -1,0 +1,273 @@
+//! What a pretraining run is: everything that decides its result. Every field must be written; unknown ones are refused.
+
+use std::path::{Path, PathBuf};
+
+use random_base::Preset;
+use serde::{Deserialize, Serialize};
+use tensor::Precision;
+
+use crate::PretrainError;
+
+/// A pretraining recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainRecipe {
+    /// What the base is called in its model card.
+    pub name: String,
+    /// Set of sizes, by the name of [`Preset`].
+    pub preset: String,
+    /// Seed of weights, order, noise and augmentation.
+    pub seed: u64,
+    /// Directory with the tokenizers as a base has them: `tokenizer/` and `tokenizer_2/`.
+    pub tokenizers: PathBuf,
+    /// Pictures and captions.
+    pub corpus: CorpusRecipe,
+    /// The first phase.
+    pub autoencoder: AutoencoderRecipe,
+    /// The second phase.
+    pub base: BaseRecipe,
+    /// What is measured at the end.
+    pub evaluate: EvaluateRecipe,
+}
+
+/// Pictures and captions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CorpusRecipe {
+    /// Parquet files with captioned pictures: both phases learn from them.
+    pub captioned: Vec<PathBuf>,
+    /// Parquet files with pixel art that only the autoencoder sees, magnified by whole factors.
+    pub textures: Vec<PathBuf>,
+    /// Made-up textures of hard blocks for the autoencoder.
+    pub synthetic_textures: usize,
+    /// Column of the pictures.
+    pub image_column: String,
+    /// Column of the captions.
+    pub caption_column: String,
+    /// Side of every picture.
+    pub resolution_px: u32,
+    /// Share of the captioned pictures that nothing learns from.
+    pub held_out_share: f64,
+    /// Recoloured, backgrounded or moved versions of each captioned picture, with captions that say so.
+    pub variants: usize,
+}
+
+/// One optimiser and its schedule: linear warm-up, then a cosine down to `final_lr_share`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerRecipe {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Pictures in a step.
+    pub batch: usize,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Steps until it is reached.
+    pub warmup_steps: u64,
+    /// What is left of it at the end.
+    pub final_lr_share: f64,
+    /// AdamW.
+    pub beta1: f64,
+    /// AdamW.
+    pub beta2: f64,
+    /// AdamW.
+    pub epsilon: f64,
+    /// AdamW: times the learning rate, taken off every parameter before the update.
+    pub weight_decay: f64,
+    /// Largest global norm of the gradients.
+    pub max_grad_norm: f64,
+    /// Decay of the averaged weights, which are what is kept.
+    pub ema_decay: f64,
+    /// `f32` or `bf16`: what the network computes in; masters, moments and average are `f32`.
+    pub precision: String,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Steps between logged losses.
+    pub log_every: u64,
+}
+
+/// The autoencoder's phase.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AutoencoderRecipe {
+    /// Weight of the L1 distance of neighbouring pixels' differences: edges.
+    pub gradient_weight: f64,
+    /// Weight of the posterior's divergence from the standard normal, per latent value.
+    pub kl_weight: f64,
+    /// Share of textures (pixel art and made-up blocks) in a batch.
+    pub texture_share: f64,
+    /// Optimiser.
+    pub optimizer: OptimizerRecipe,
+}
+
+/// The transformer's phase, text encoders included.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseRecipe {
+    /// Length of T5's ids; padding is attended, so it is the length that the base wants ever after.
+    pub t5_tokens: usize,
+    /// Share of samples whose caption is left empty, for classifier-free guidance.
+    pub caption_dropout: f64,
+    /// Share of samples that are the picture as it is; the rest are its variants.
+    pub original_share: f64,
+    /// Times are `sigmoid(N(mean, std))`, …
+    pub logit_mean: f64,
+    /// … of this deviation, …
+    pub logit_std: f64,
+    /// … then shifted as sampling is at this resolution: `σ' = e^μ σ / (1 + (e^μ − 1) σ)`.
+    pub shift_mu: f64,
+    /// Optimiser.
+    pub optimizer: OptimizerRecipe,
+}
+
+/// What is measured at the end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluateRecipe {
+    /// Parquet file of pixel-art characters, which nothing has learned from; empty for none.
+    pub characters: PathBuf,
+    /// How many of them.
+    pub num_characters: usize,
+    /// Held-out pairs whose velocity losses are compared.
+    pub num_pairs: usize,
+    /// Pictures on the sheet.
+    pub num_samples: usize,
+    /// Denoising steps.
+    pub sample_steps: usize,
+    /// Classifier-free guidance.
+    pub true_cfg_scale: f64,
+}
+
+impl PretrainRecipe {
+    /// Reads a recipe; its relative paths start at the directory that holds `configs/`, or at the recipe's own.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read, is no such recipe, or says what cannot be.
+    pub fn load(path: &Path) -> Result<Self, PretrainError> {
+        let text = fs_err::read_to_string(path).map_err(PretrainError::Read)?;
+        let mut recipe: Self = toml::from_str(&text).map_err(|source| PretrainError::Recipe {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        let own = path.parent().unwrap_or(Path::new(""));
+        let root = if own.file_name().is_some_and(|name| name == "configs") {
+            own.parent().unwrap_or(Path::new(""))
+        } else {
+            own
+        };
+        let corpus = &mut recipe.corpus;
+        let paths = corpus.captioned.iter_mut().chain(&mut corpus.textures);
+        for file in paths.chain([&mut recipe.tokenizers]) {
+            *file = root.join(&file);
+        }
+        if !recipe.evaluate.characters.as_os_str().is_empty() {
+            recipe.evaluate.characters = root.join(&recipe.evaluate.characters);
+        }
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// Refuses what cannot be.
+    ///
+    /// # Errors
+    ///
+    /// At the first such field.
+    pub fn check(&self) -> Result<(), PretrainError> {
+        let refuse =
+            |field: &'static str, advice: &'static str| Err(PretrainError::Field { field, advice });
+        if self.preset.parse::<Preset>().is_err() {
+            return refuse("preset", "one of `demo`, `small`, `tiny`");
+        }
+        let share = |value: f64| (0.0..=1.0).contains(&value);
+        for optimizer in [&self.autoencoder.optimizer, &self.base.optimizer] {
+            if optimizer.precision().is_none() {
+                return refuse("optimizer.precision", "`f32` or `bf16`");
+            }
+            if optimizer.batch == 0 || optimizer.log_every == 0 || optimizer.checkpoint_every == 0 {
+                return refuse(
+                    "optimizer",
+                    "batch, log_every and checkpoint_every of at least 1",
+                );
+            }
+            if !share(optimizer.ema_decay) || !share(optimizer.final_lr_share) {
+                return refuse("optimizer", "ema_decay and final_lr_share between 0 and 1");
+            }
+        }
+        if !share(self.corpus.held_out_share)
+            || !share(self.autoencoder.texture_share)
+            || !share(self.base.caption_dropout)
+            || !share(self.base.original_share)
+        {
+            return refuse("a share", "between 0 and 1");
+        }
+        if self.corpus.resolution_px == 0 || !self.corpus.resolution_px.is_multiple_of(16) {
+            return refuse("corpus.resolution_px", "a multiple of 16");
+        }
+        if self.base.t5_tokens < 2 {
+            return refuse("base.t5_tokens", "at least 2");
+        }
+        Ok(())
+    }
+
+    /// The preset.
+    pub fn preset(&self) -> Preset {
+        self.preset
+            .parse()
+            .expect("a checked recipe names a preset")
+    }
+}
+
+impl OptimizerRecipe {
+    /// What the network computes in, if it is known.
+    pub fn precision(&self) -> Option<Precision> {
+        match self.precision.as_str() {
+            "f32" => Some(Precision::F32),
+            "bf16" => Some(Precision::Bf16),
+            _ => None,
+        }
+    }
+
+    /// The learning rate of a step, counted from 0.
+    pub fn learning_rate_at(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let span = self.steps.saturating_sub(self.warmup_steps).max(1) as f64;
+        let progress = ((step - self.warmup_steps) as f64 / span).min(1.0);
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
+        self.learning_rate * (self.final_lr_share + (1.0 - self.final_lr_share) * cosine)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::tiny_recipe;
+
+    #[test]
+    fn the_learning_rate_rises_to_its_height_and_falls_to_its_share() {
+        let optimizer = OptimizerRecipe {
+            steps: 110,
+            warmup_steps: 10,
+            learning_rate: 1.0,
+            final_lr_share: 0.1,
+            ..tiny_recipe().base.optimizer
+        };
+        assert_eq!(optimizer.learning_rate_at(0), 0.1);
+        assert_eq!(optimizer.learning_rate_at(10), 1.0);
+        assert!((optimizer.learning_rate_at(60) - 0.55).abs() < 1e-9);
+        assert!((optimizer.learning_rate_at(110) - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn an_unknown_precision_is_refused_by_name() {
+        let mut recipe = tiny_recipe();
+        recipe.base.optimizer.precision = "f8".to_owned();
+        let error = recipe
+            .check()
+            .expect_err("there is no such format")
+            .to_string();
+        assert!(error.contains("precision"), "{error}");
+    }
+}
