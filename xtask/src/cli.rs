@@ -42,6 +42,9 @@ pub enum Command {
     /// Write a small untrained base model
     #[command(disable_help_flag = true)]
     RandomBase(PassedOn),
+    /// Train a small base model from scratch
+    #[command(disable_help_flag = true)]
+    Pretrain(PassedOn),
     /// Run the tests
     Test(TestOptions),
 }

@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         Command::Status(options) => status::show(&options),
         Command::Parity(options) => program::pass_through("parity", &options.arguments),
         Command::RandomBase(options) => program::pass_through("random-base", &options.arguments),
+        Command::Pretrain(options) => program::pass_through("pretrain", &options.arguments),
         Command::Test(options) => tests::run(&options),
     };
     ExitCode::from(code)

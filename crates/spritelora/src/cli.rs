@@ -1,0 +1,136 @@
+//! The subcommands and their options.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use pipeline::Override;
+use random_base::Preset;
+
+/// Does the work of one stage of Spritelora; `cargo xtask` starts it.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Read images and captions into tables
+    Ingest(StageOptions),
+    /// Encode captions with T5 and CLIP
+    EmbedText(StageOptions),
+    /// Encode images with the VAE
+    CacheLatents(StageOptions),
+    /// Train the LoRA
+    Train(StageOptions),
+    /// Draw pictures
+    Sample(StageOptions),
+    /// Write a small untrained base, to try the pipeline on
+    RandomBase(RandomBaseOptions),
+    /// Train a small base from scratch
+    Pretrain(PretrainOptions),
+    /// Compare with reference values from the Python stack
+    Parity(ParityOptions),
+}
+
+/// Options of `pretrain`.
+#[derive(Clone, Debug, Args)]
+pub struct PretrainOptions {
+    /// The pretraining recipe
+    #[arg(long, value_name = "FILE")]
+    pub recipe: PathBuf,
+    /// Directory of the base
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Directory of checkpoints and logs
+    #[arg(long, value_name = "DIR")]
+    pub work: PathBuf,
+    /// auto, cpu, cuda or cuda:<index>
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// What the model card says that it was trained on [default: the device]
+    #[arg(long, value_name = "TEXT")]
+    pub hardware: Option<String>,
+    /// Write a checkpoint and leave after so many seconds; the same command goes on
+    #[arg(long, value_name = "SECONDS")]
+    pub max_seconds: Option<u64>,
+    /// Leave after the autoencoder
+    #[arg(long)]
+    pub autoencoder_only: bool,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `parity`.
+#[derive(Clone, Debug, Args)]
+pub struct ParityOptions {
+    /// Directory with cases.json, as the oracle's make_fixtures.py writes it
+    #[arg(long, value_name = "DIR")]
+    pub fixtures: PathBuf,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `random-base`.
+#[derive(Clone, Debug, Args)]
+pub struct RandomBaseOptions {
+    /// Directory of the base; an untrained base in it is replaced
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Set of sizes: demo
+    #[arg(long, default_value = "demo")]
+    pub preset: Preset,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Directory with the published tokenizers' files in clip/ and t5/
+    #[arg(long, value_name = "DIR")]
+    pub tokenizers: PathBuf,
+}
+
+/// Options of every stage.
+#[derive(Clone, Debug, Args)]
+pub struct StageOptions {
+    /// The recipe
+    #[arg(long, value_name = "FILE")]
+    pub recipe: PathBuf,
+    /// Directory of all artifacts
+    #[arg(long, value_name = "DIR")]
+    pub runs: PathBuf,
+    /// Replace one value of the recipe, e.g. train.steps=50 (may be repeated)
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<Override>,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+    /// Run even if fresh
+    #[arg(long)]
+    pub force: bool,
+    /// auto, cpu, cuda or cuda:<index>
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "COUNT")]
+    pub threads: Option<NonZeroUsize>,
+    /// Images or captions encoded at once [default: chosen by the stage]
+    #[arg(long, value_name = "COUNT")]
+    pub batch: Option<NonZeroUsize>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_contradicts_itself_nowhere() {
+        Cli::command().debug_assert();
+    }
+}

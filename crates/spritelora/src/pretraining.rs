@@ -1,0 +1,55 @@
+//! `spritelora pretrain`: a small base from scratch, by a recipe of its own.
+
+use std::time::Duration;
+
+use console::{print_document, print_line};
+use pipeline::Failure;
+use pretrain::{Corpus, PretrainRecipe, PretrainReport};
+use serde_json::json;
+
+use crate::cli::PretrainOptions;
+
+/// Trains what is left to train; gives the exit code.
+pub fn run(options: &PretrainOptions) -> u8 {
+    match try_run(options) {
+        Ok(report) => {
+            if options.json {
+                print_document(&json!({ "done": report.is_done, "evaluation": report.evaluation }));
+            } else {
+                let how = if report.is_done {
+                    "done"
+                } else {
+                    "paused, the same command goes on"
+                };
+                print_line(&format!("{}: {how}", options.out.display()));
+                print_line(&format!("{:#}", report.evaluation));
+            }
+            0
+        }
+        Err(failure) => {
+            if options.json {
+                print_document(&json!({ "error": failure.to_json() }));
+            }
+            console::tell(&failure);
+            failure.kind().exit_code()
+        }
+    }
+}
+
+fn try_run(options: &PretrainOptions) -> Result<PretrainReport, Failure> {
+    let recipe = PretrainRecipe::load(&options.recipe)?;
+    let device = tensor::device::select(&options.device).map_err(pretrain::PretrainError::from)?;
+    let corpus = Corpus::read(&recipe)?;
+    let options = pretrain::PretrainOptions {
+        out: options.out.clone(),
+        work: options.work.clone(),
+        hardware: options
+            .hardware
+            .clone()
+            .unwrap_or_else(|| format!("{device:?}")),
+        device,
+        max_time: options.max_seconds.map(Duration::from_secs),
+        autoencoder_only: options.autoencoder_only,
+    };
+    Ok(pretrain::run(&recipe, &corpus, &options)?)
+}
