@@ -39,19 +39,15 @@ pub enum CacheLatentsError {
         /// Why not.
         source: SourceError,
     },
-    /// An image cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A name in `samples.parquet` leads out of the data source.
-    #[error("samples.parquet names {source_file:?}, which is no path below ingest.source")]
-    OutsideSource {
-        /// The name.
+    /// An image is no longer where it was ingested from.
+    #[error("{source_file}{} cannot be fetched", row(*source_row))]
+    Fetch {
+        /// The image's file.
         source_file: String,
+        /// Row in that file, if it is a table.
+        source_row: Option<u32>,
+        /// Why not.
+        source: ArtifactError,
     },
     /// The VAE is not for RGB pictures.
     #[error("{}: `in_channels` is {found}, expected 3", path.display())]
@@ -98,8 +94,7 @@ impl StageError for CacheLatentsError {
                     .to_owned()
             }
             Self::Proportions { .. } => "crop the image".to_owned(),
-            Self::Image { .. } | Self::Read { .. } => "run `cargo xtask ingest`".to_owned(),
-            Self::OutsideSource { .. } => "run `cargo xtask ingest --force`".to_owned(),
+            Self::Image { .. } | Self::Fetch { .. } => "run `cargo xtask ingest`".to_owned(),
             Self::NotFinite { .. } => {
                 "set cache_latents.precision = \"f32\" or \"bf16\": fp16 overflows in some autoencoders".to_owned()
             }

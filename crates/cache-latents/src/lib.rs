@@ -52,7 +52,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, CacheLatentsError> {
     let new = reuse::take_over(context, &mut writer, &views)?;
     let num_new = new.len() as u64;
     if !new.is_empty() {
-        let sources = Sources::open(&context.recipe.ingest, &samples)?;
+        let sources = Sources::new(&context.recipe.ingest);
         encode::encode(context, &mut writer, &sources, &geometry, &new)?;
     }
     writer.finish()?;
