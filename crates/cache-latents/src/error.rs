@@ -47,7 +47,7 @@ pub enum CacheLatentsError {
         /// Row in that file, if it is a table.
         source_row: Option<u32>,
         /// Why not.
-        source: ArtifactError,
+        source: Box<ArtifactError>,
     },
     /// The VAE is not for RGB pictures.
     #[error("{}: `in_channels` is {found}, expected 3", path.display())]

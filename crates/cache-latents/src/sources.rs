@@ -39,7 +39,7 @@ impl Sources {
             .map_err(|source| CacheLatentsError::Fetch {
                 source_file: sample.source_file.clone(),
                 source_row: sample.source_row,
-                source,
+                source: Box::new(source),
             })?;
         decode_expecting(&bytes, &self.limits, &sample.sample_id).map_err(|source| {
             CacheLatentsError::Image {

@@ -2,8 +2,6 @@
 //!
 //! All of it is known before any weights are read, so that a wrong request fails in a moment.
 
-use std::path::Path;
-
 use autoencoder::AutoencoderConfig;
 use flow_matching::{InferenceSchedule, Scheduler, SchedulerConfig, latent_seq_len};
 use mmdit::MmditConfig;
@@ -13,9 +11,6 @@ use pipeline::{StageContext, WeightPart};
 use text_encoders::{ClipConfig, T5Config};
 
 use crate::error::SampleError;
-
-/// The key of `model_index.json` that marks a base whose weights are random.
-const UNTRAINED_KEY: &str = "_spritelora_untrained";
 
 /// The configurations of the base's parts, found to belong together.
 pub(crate) struct Base {
@@ -75,7 +70,7 @@ impl Base {
         Ok(Self {
             transformer,
             vae,
-            untrained: is_untrained(&context.recipe.base.path),
+            untrained: context.recipe.base.is_untrained(),
         })
     }
 
@@ -140,14 +135,6 @@ fn latent_cells(cell_px: usize, width_px: u32, height_px: u32) -> Result<[usize;
         });
     }
     Ok([height_px as usize / cell_px, width_px as usize / cell_px])
-}
-
-/// Whether a base says of itself that its weights are random.
-fn is_untrained(base: &Path) -> bool {
-    fs_err::read(base.join("model_index.json"))
-        .ok()
-        .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok())
-        .is_some_and(|index| index[UNTRAINED_KEY] == true)
 }
 
 #[cfg(test)]
