@@ -67,7 +67,7 @@ pub struct StageOptions {
     /// Run even what is fresh
     #[arg(long)]
     pub force: bool,
-    /// auto, cpu, cuda or cuda:<index>
+    /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: String,
     /// Worker threads [default: one per core]

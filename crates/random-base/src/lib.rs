@@ -11,7 +11,7 @@
 //!     tokenizer/ tokenizer_2/             CLIP's and T5's own files
 //! ```
 //!
-//! The same preset and seed give the same bytes ([`write`]).
+//! The same preset and seed give the same bytes ([`write()`]).
 
 #![forbid(unsafe_code)]
 

@@ -49,7 +49,7 @@ pub struct PretrainOptions {
     /// Directory of checkpoints and logs
     #[arg(long, value_name = "DIR")]
     pub work: PathBuf,
-    /// auto, cpu, cuda or cuda:<index>
+    /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// What the model card says that it was trained on [default: the device]
@@ -112,7 +112,7 @@ pub struct StageOptions {
     /// Run even if fresh
     #[arg(long)]
     pub force: bool,
-    /// auto, cpu, cuda or cuda:<index>
+    /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Worker threads [default: one per core]
