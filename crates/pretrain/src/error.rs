@@ -75,6 +75,9 @@ pub enum PretrainError {
     /// A file of ours is damaged, or could not be written.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
+    /// The device failed at its work.
+    #[error("the device cannot go on")]
+    Execution(#[from] burn::tensor::backend::ExecutionError),
     /// The device is not there.
     #[error(transparent)]
     Device(#[from] tensor::DeviceError),

@@ -21,6 +21,7 @@ pub mod augment;
 pub mod corpus;
 mod textures;
 
+mod clock;
 mod run;
 mod state;
 

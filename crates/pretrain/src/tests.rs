@@ -127,6 +127,12 @@ fn train_whole_and_in_parts() {
             "{phase}: {losses:?}"
         );
     }
+    let log = fs_err::read_to_string(whole.path().join("work/metrics.jsonl")).expect("it logs");
+    // Both phases log each of their 12 steps.
+    for field in ["host_s", "wait_s", "host_share", "steps_per_s"] {
+        assert_eq!(log.matches(&format!("\"{field}\":")).count(), 24, "{field}");
+    }
+    assert!(log.contains("autoencoder throughput") && log.contains("base throughput"));
     let share = &report.evaluation["base"]["share_right_below_shuffled"];
     assert!(share.is_number(), "{:?}", report.evaluation);
 
