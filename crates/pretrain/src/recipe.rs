@@ -37,6 +37,8 @@ pub struct PretrainRecipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CorpusRecipe {
+    /// What the data is and under which licences, as the model card says it (Markdown).
+    pub about: String,
     /// Sources of captioned pictures: both phases learn from them.
     pub captioned: Vec<PathBuf>,
     /// Sources of pixel art, captions or not, that only the autoencoder sees, magnified by whole factors.
