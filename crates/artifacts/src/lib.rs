@@ -12,8 +12,8 @@
 //! | the public recipe's embeddings | [`public_embeddings`] | others | embed-text |
 //! | latents | [`latents`] | cache-latents | train |
 //! | `metrics.parquet` | [`metrics`] | train | people |
-//! | Hugging Face image data sets | [`hf_dataset`] | others | ingest, cache-latents |
-//! | source images, by what `samples.parquet` says | [`SourceImages`] | others | ingest, cache-latents |
+//! | Hugging Face image data sets | [`hf_dataset`] | others | sources, cache-latents |
+//! | source images, by what `samples.parquet` says | [`SourceImages`] | others | sources, cache-latents |
 #![deny(unsafe_code)]
 
 mod error;
