@@ -97,6 +97,8 @@ pub struct OptimizerRecipe {
 pub struct AutoencoderRecipe {
     /// Weight of the L1 distance of neighbouring pixels' differences: edges.
     pub gradient_weight: f64,
+    /// Weight of the L1 distance of latent cells' mean colours: what a sprite's pixel is judged by.
+    pub cell_weight: f64,
     /// Weight of the posterior's divergence from the standard normal, per latent value.
     pub kl_weight: f64,
     /// Share of textures (pixel art and made-up blocks) in a batch.

@@ -72,6 +72,8 @@ pub(crate) struct TrainState {
     first: Tensor<1>,
     second: Tensor<1>,
     averaged: Tensor<1>,
+    /// Zeros of every length that is between two parameters: made once, they are not made at every step.
+    padding: BTreeMap<usize, Tensor<1>>,
     /// Optimiser steps taken.
     pub step: u64,
 }
@@ -90,7 +92,14 @@ impl TrainState {
             }
         }
         let values = from_f32(values, [layout.length], device);
+        let padding = layout
+            .all()
+            .map(|(_, range)| range.len().next_multiple_of(ALIGNMENT) - range.len())
+            .filter(|length| *length > 0) // a card refuses to fill nothing
+            .map(|length| (length, Tensor::zeros([length], device)))
+            .collect();
         Self {
+            padding,
             first: values.zeros_like(),
             second: values.zeros_like(),
             averaged: values.clone(),
@@ -149,7 +158,7 @@ impl TrainState {
             });
             let padding = length.next_multiple_of(ALIGNMENT) - length;
             if padding > 0 {
-                parts.push(Tensor::zeros([padding], &self.device));
+                parts.push(self.padding[&padding].clone());
             }
         }
         let gradient = Tensor::cat(parts, 0);

@@ -45,6 +45,7 @@ pub(crate) fn tiny_recipe() -> PretrainRecipe {
         },
         autoencoder: AutoencoderRecipe {
             gradient_weight: 0.5,
+            cell_weight: 1.0,
             kl_weight: 1e-4,
             texture_share: 0.5,
             optimizer: optimizer(12, 4),

@@ -5,8 +5,9 @@ use pixel_art::{Rgb8, Rgba8};
 
 use crate::augment::{BACKGROUND, COLORS};
 
-/// Sides of a block in pixels; a fourth is the demo's own geometry, 32 sprite pixels on 128.
-const PITCHES: [u32; 8] = [4, 4, 1, 2, 3, 5, 8, 16];
+/// Sides of a block in pixels; half are the demo's own geometry, 32 sprite pixels on 128. None is 1: a picture of noise
+/// says more than its latents can hold, and trying to keep it costs the others.
+const PITCHES: [u32; 8] = [4, 4, 4, 4, 2, 5, 8, 16];
 
 /// A sprite over a plain ground, magnified by a whole factor, in the middle or cropped.
 pub(crate) fn magnified(sprite: &Rgba8, side_px: u32, seed: u64, index: usize) -> Rgb8 {

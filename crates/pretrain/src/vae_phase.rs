@@ -1,7 +1,8 @@
 //! The first phase: an autoencoder that keeps hard edges.
 //!
-//! Loss: mean |x̂ − x|, plus a weight times mean |∇x̂ − ∇x| over neighbours across and down, plus a weight times the mean
-//! divergence of the posterior from the standard normal, ½(μ² + σ² − 1 − ln σ²), per latent value.
+//! Loss: mean |x̂ − x|, plus a weight times mean |∇x̂ − ∇x| over neighbours across and down, plus a weight times mean |x̂ − x|
+//! of latent cells' mean colours, plus a weight times the mean divergence of the posterior from the standard normal,
+//! ½(μ² + σ² − 1 − ln σ²), per latent value.
 
 use autoencoder::{Autoencoder, AutoencoderConfig, pixels};
 use burn::tensor::Distribution;
@@ -13,6 +14,7 @@ use tensor::{Backend, Device, IntTensor, Precision, Tensor, TensorData, device};
 
 use crate::PretrainError;
 use crate::augment::BACKGROUND;
+use crate::recipe::AutoencoderRecipe;
 use crate::clock::HostWork;
 use crate::run::{Ended, Run};
 use crate::state::{Layout, TrainState};
@@ -138,7 +140,7 @@ pub(crate) fn train(
                 .decode(latents.cast(precision.dtype()))
                 .cast(tensor::DType::F32);
             let kl = (mean.powi_scalar(2) + logvar.clone().exp() - 1.0 - logvar).mean() * 0.5;
-            let loss = distance(decoded, pictures, recipe.gradient_weight) + kl * recipe.kl_weight;
+            let loss = distance(decoded, pictures, config.scale_factor_px(), recipe) + kl * recipe.kl_weight;
             clock.did(HostWork::Forward);
             let gradients = loss.backward();
             clock.did(HostWork::Backward);
@@ -173,22 +175,34 @@ fn batch(
         pictures = pictures.flip([3]);
     }
     if stream.uniform() < 0.5 {
-        let mut order = [0i32, 1, 2];
+        let mut order = [0, 1, 2];
         stream.shuffle(&mut order);
-        let order =
-            IntTensor::<1>::from_data(TensorData::new(order.to_vec(), [3]), &pictures.device());
-        pictures = pictures.select(1, order);
+        let [b, _, h, w] = pictures.dims();
+        let channel = |c: usize| pictures.clone().slice([0..b, c..c + 1, 0..h, 0..w]);
+        pictures = Tensor::cat(order.map(channel).to_vec(), 1);
     }
     pictures
 }
 
-/// L1, and L1 of neighbours' differences.
-fn distance(decoded: Tensor<4>, pictures: Tensor<4>, gradient_weight: f64) -> Tensor<1> {
+/// L1 of pixels, of neighbours' differences, and of the mean colours of latent cells.
+fn distance(
+    decoded: Tensor<4>,
+    pictures: Tensor<4>,
+    cell_px: usize,
+    recipe: &AutoencoderRecipe,
+) -> Tensor<1> {
     let [b, c, h, w] = decoded.dims();
     let error = decoded - pictures;
     let across = error.clone().slice([0..b, 0..c, 0..h, 1..w])
         - error.clone().slice([0..b, 0..c, 0..h, 0..w - 1]);
     let down = error.clone().slice([0..b, 0..c, 1..h, 0..w])
         - error.clone().slice([0..b, 0..c, 0..h - 1, 0..w]);
-    error.abs().mean() + (across.abs().mean() + down.abs().mean()) * gradient_weight
+    let cells = error
+        .clone()
+        .reshape([b, c, h / cell_px, cell_px, w / cell_px, cell_px]) // b c rows f columns f
+        .mean_dim(5)
+        .mean_dim(3);
+    error.abs().mean()
+        + (across.abs().mean() + down.abs().mean()) * recipe.gradient_weight
+        + cells.abs().mean() * recipe.cell_weight
 }

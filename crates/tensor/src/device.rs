@@ -45,14 +45,14 @@ pub fn training(device: &Device) -> Device {
     Device::autodiff(device.clone())
 }
 
-/// Whether Burn convolves fast there. Without autotuning (see this crate's feature `cuda`) its CUDA backend convolves
-/// without tensor cores, five to fifteen times slower than with them.
-pub fn has_fast_convolutions(device: &Device) -> bool {
+/// Whether it is the CPU, recorded or not. Some operations are written in another form for a card, where Burn without
+/// autotuning (see this crate's feature `cuda`) has no good kernel for the usual one.
+pub fn is_cpu(device: &Device) -> bool {
     match device {
+        Device::Flex(_) => true,
+        Device::Autodiff(inner) => is_cpu(inner),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => false,
-        Device::Autodiff(inner) => has_fast_convolutions(inner),
-        _ => true,
     }
 }
 

@@ -8,7 +8,9 @@ use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 use burn::tensor::activation;
 use burn::tensor::backend::Backend as _;
 
-use crate::{Backend, DType, Device, ParameterSpec, Precision, Tensor, Weights, WeightsError};
+use crate::{
+    Backend, DType, Device, ParameterSpec, Precision, Tensor, Weights, WeightsError, device,
+};
 
 /// `y = x Wᵀ + b` with `W` of shape `[out, in]`.
 #[derive(Clone, Debug)]
@@ -72,7 +74,11 @@ impl Linear {
     }
 }
 
-/// `x Wᵀ` over the last axis: `(…, in)` × `[out, in]` → `(…, out)`, as one product of matrices.
+/// `x Wᵀ` over the last axis: `(…, in)` × `[out, in]` → `(…, out)`.
+///
+/// One product of matrices on the CPU. On a card the axis before the last stays apart: the gradient of `W` is then
+/// a sum of many small products that fill the card, where the one long product has 16 of its 132 processors at work
+/// (measured: 0.5 ms against 0.05 ms for 20,480 rows of 256).
 ///
 /// # Panics
 ///
@@ -85,11 +91,18 @@ pub fn matmul_nt<const D: usize>(input: Tensor<D>, weight: Tensor<2>) -> Tensor<
         in_features,
         "a layer with {in_features} inputs was given {dims:?}"
     );
+    dims[D - 1] = out_features;
+    if D > 2 && !device::is_cpu(&input.device()) {
+        let tokens = dims[D - 2];
+        let batch = dims[..D - 2].iter().product::<usize>();
+        let weight = weight.transpose().unsqueeze::<3>(); // 1 in out
+        let input = input.reshape([batch, tokens, in_features]);
+        return input.matmul(weight).reshape(dims);
+    }
     let rows = dims[..D - 1].iter().product::<usize>();
     let output = input
         .reshape([rows, in_features])
         .matmul(weight.transpose());
-    dims[D - 1] = out_features;
     output.reshape(dims)
 }
 
