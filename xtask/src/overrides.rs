@@ -55,6 +55,10 @@ pub fn of_sample(options: &SampleOptions) -> Vec<Override> {
     }
     if options.no_trained_lora {
         set("use_trained_lora", false.into());
+        if options.lora.is_empty() {
+            // The pictures are the base's own then.
+            set("compare_with_base", false.into());
+        }
     }
     changes
 }
