@@ -126,6 +126,12 @@ mod unit_tests {
     }
 
     #[test]
+    fn without_any_lora_there_is_nothing_to_compare() {
+        assert!(drawn_with(&[]).sample.compare_with_base);
+        assert!(!drawn_with(&["--no-trained-lora"]).sample.compare_with_base);
+    }
+
+    #[test]
     fn a_prompt_file_stands_instead_of_the_recipes_prompts() {
         let sample = drawn_with(&["--prompt-file=/p.txt"]).sample;
         assert!(sample.prompts.is_empty());

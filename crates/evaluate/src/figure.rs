@@ -55,7 +55,7 @@ pub struct Figure {
     middle: f32,
 }
 
-/// How much of each region each word covers; see [`Vocabulary::shares`].
+/// Of each region's foreground pixels that are no outline, the share that would be called by each colour word.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RegionShares([Vec<f64>; 4]);
 

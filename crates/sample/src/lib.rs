@@ -1,4 +1,4 @@
-//! The last stage: prompts become pictures.
+//! Stage `sample`: prompts become pictures.
 //!
 //! ```text
 //! prompts ── Encoders::encode ──► Conditioning ─┐
