@@ -13,6 +13,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("pixel-art", 0),
     ("pipeline", 1),
     ("quant", 0),
+    ("sources", 2),
     ("tensor", 2),
     ("autoencoder", 3),
     ("flow-matching", 3),

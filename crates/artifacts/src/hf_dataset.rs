@@ -1,4 +1,5 @@
-//! Hugging Face image data sets in Parquet: one or many shards with an image column and a text column.
+//! Hugging Face image data sets in Parquet: one or many shards with an image column and, where captions are wanted, a
+//! text column.
 //!
 //! An image is `struct<bytes: binary, path: string>` (a plain binary column is taken too). Rows are decoded in batches of
 //! a few MiB, or one by one; the files are mapped, so memory does not grow with them. Some writers put the first thousand
@@ -34,7 +35,7 @@ pub struct ParquetImage {
     pub bytes: Vec<u8>,
     /// The name that the picture had, if the data set kept it.
     pub path: Option<String>,
-    /// The caption, if the cell has one.
+    /// The caption, if the cell has one and captions are read.
     pub caption: Option<String>,
 }
 
@@ -46,7 +47,8 @@ pub struct ParquetImages {
 struct Shard {
     file: ParquetFile,
     image: Field,
-    text: Field,
+    /// Absent if captions are not wanted.
+    text: Option<Field>,
     /// Mean size of an image, at least 1.
     image_bytes: usize,
     batch_bytes: usize,
@@ -64,6 +66,23 @@ impl ParquetImages {
         files: &[P],
         image_column: &str,
         text_column: &str,
+    ) -> Result<Self> {
+        Self::open_columns(files, image_column, Some(text_column))
+    }
+
+    /// Opens the files of a data set for their pictures alone; captions are not read and need not be there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_pictures<P: AsRef<Path>>(files: &[P], image_column: &str) -> Result<Self> {
+        Self::open_columns(files, image_column, None)
+    }
+
+    fn open_columns<P: AsRef<Path>>(
+        files: &[P],
+        image_column: &str,
+        text_column: Option<&str>,
     ) -> Result<Self> {
         let shards: Result<Vec<Shard>> = files
             .iter()
@@ -126,7 +145,7 @@ impl ParquetImages {
 }
 
 impl Shard {
-    fn open(path: &Path, image_column: &str, text_column: &str) -> Result<Self> {
+    fn open(path: &Path, image_column: &str, text_column: Option<&str>) -> Result<Self> {
         let file = ParquetFile::open(path)?;
         let image = file.field(image_column, IMAGE_TYPE)?.clone();
         let is_image = match &image.dtype {
@@ -146,9 +165,13 @@ impl Shard {
         if !is_image {
             return Err(file.wrong_type(&image, IMAGE_TYPE));
         }
-        let text = file
-            .typed_field(text_column, "text", &ArrowDataType::Utf8View)?
-            .clone();
+        let text = match text_column {
+            Some(column) => Some(
+                file.typed_field(column, "text", &ArrowDataType::Utf8View)?
+                    .clone(),
+            ),
+            None => None,
+        };
         if u32::try_from(file.num_rows()).is_err() {
             return Err(ArtifactError::RowOutOfRange {
                 path: path.to_path_buf(),
@@ -217,9 +240,10 @@ impl Shard {
         if rows.end > self.file.num_rows() {
             return Err(self.out_of_range(rows.start));
         }
-        let captions = self
-            .file
-            .decode_as::<Utf8ViewArray>(&self.text, rows.clone())?;
+        let captions = match &self.text {
+            Some(text) => self.file.decode_as::<Utf8ViewArray>(text, rows.clone())?,
+            None => Vec::new(),
+        };
         let mut captions = captions.iter().flat_map(|array| array.iter());
         let mut images = VecDeque::with_capacity(rows.len());
         let mut row = rows.start as u32; // fits: checked when opened

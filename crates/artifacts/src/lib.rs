@@ -13,8 +13,8 @@
 //! | latents | [`latents`] | cache-latents | train |
 //! | `metrics.parquet` | [`metrics`] | train | people |
 //! | the list in `images.json` | [`images`] | sample | evaluate |
-//! | Hugging Face image data sets | [`hf_dataset`] | others | ingest, cache-latents |
-//! | source images, by what `samples.parquet` says | [`SourceImages`] | others | ingest, cache-latents, evaluate |
+//! | Hugging Face image data sets | [`hf_dataset`] | others | sources, cache-latents |
+//! | source images, by what `samples.parquet` says | [`SourceImages`] | others | sources, cache-latents, evaluate |
 #![deny(unsafe_code)]
 
 mod error;

@@ -8,7 +8,9 @@ use burn::tensor::activation::softmax;
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use tensor::nn::{Linear, silu};
-use tensor::{DType, Device, ParameterSpec, Precision, Tensor, Weights, WeightsError};
+use tensor::{
+    DType, Device, ParameterSpec, Precision, Tensor, Weights, WeightsError, device,
+};
 
 /// Added to the variance in every group norm (`resnet_eps` of diffusers' encoder and decoder).
 const NORM_EPSILON: f64 = 1e-6;
@@ -127,9 +129,97 @@ impl Conv {
     }
 
     fn apply(&self, input: Tensor<4>, stride: usize, padding: usize) -> Tensor<4> {
-        let options = ConvOptions::new([stride; 2], [padding; 2], [1, 1], 1);
-        conv2d(input, self.weight.clone(), Some(self.bias.clone()), options)
+        if device::has_fast_convolutions(&input.device()) {
+            let options = ConvOptions::new([stride; 2], [padding; 2], [1, 1], 1);
+            conv2d(input, self.weight.clone(), Some(self.bias.clone()), options)
+        } else {
+            convolve_by_product(input, &self.weight, &self.bias, stride, padding)
+        }
     }
+}
+
+/// Most values of unfolded input that a convolution by product makes at once; above it, it goes picture by picture.
+const MAX_UNFOLDED: usize = 1 << 29;
+
+/// A convolution as one matrix product over unfolded input, the same sums in another order: for devices whose
+/// convolutions are slow. `(b, c, h, w)` → `(b, o, h', w')`.
+///
+/// # Panics
+///
+/// If the stride is neither 1 nor 2.
+fn convolve_by_product(
+    input: Tensor<4>,
+    weight: &Tensor<4>,
+    bias: &Tensor<1>,
+    stride: usize,
+    padding: usize,
+) -> Tensor<4> {
+    let [b, c, h, w] = input.dims();
+    let [o, _, kernel, _] = weight.dims();
+    if b > 1 && b * c * kernel * kernel * h * w / (stride * stride) > MAX_UNFOLDED {
+        let half = b / 2;
+        let part = |range: std::ops::Range<usize>| {
+            let part = input.clone().slice([range, 0..c, 0..h, 0..w]);
+            convolve_by_product(part, weight, bias, stride, padding)
+        };
+        return Tensor::cat(vec![part(0..half), part(half..b)], 0);
+    }
+    let side = |length: usize| (length + 2 * padding - kernel) / stride + 1;
+    let (out_h, out_w) = (side(h), side(w));
+    let columns = unfold(input, kernel, stride, padding, [out_h, out_w]); // b (c k k) (h' w')
+    let rows = weight.clone().reshape([1, o, c * kernel * kernel]); // 1 o (c k k)
+    let output = rows.matmul(columns) + bias.clone().reshape([1, o, 1]); // b o (h' w')
+    output.reshape([b, o, out_h, out_w])
+}
+
+/// What the kernel sees at every place it stops at, `(b, c, h, w)` → `(b, c·k·k, h'·w')`, columns in the order of a
+/// weight `[out, c, k, k]`.
+fn unfold(
+    input: Tensor<4>,
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+    [out_h, out_w]: [usize; 2],
+) -> Tensor<3> {
+    let [b, c, h, w] = input.dims();
+    if kernel == 1 && stride == 1 && padding == 0 {
+        return input.reshape([b, c, h * w]);
+    }
+    assert!(stride == 1 || stride == 2, "stride {stride}");
+    // Whole strides, and room for every place of the kernel.
+    let room = |out: usize| (out - 1) * stride + kernel.next_multiple_of(stride);
+    let (room_h, room_w) = (
+        room(out_h).max((h + padding).next_multiple_of(stride)),
+        room(out_w).max((w + padding).next_multiple_of(stride)),
+    );
+    let zeros = Tensor::<4>::zeros([b, c, room_h, room_w], (&input.device(), input.dtype()));
+    let inside = [0..b, 0..c, padding..padding + h, padding..padding + w];
+    let padded = zeros.slice_assign(inside, input).reshape([
+        b,
+        c,
+        room_h / stride,
+        stride,
+        room_w / stride,
+        stride,
+    ]); // b c rows phase columns phase
+    let mut taps = Vec::with_capacity(kernel * kernel);
+    for y in 0..kernel {
+        for x in 0..kernel {
+            let (top, left) = (y / stride, x / stride);
+            let (row_phase, column_phase) = (y % stride, x % stride);
+            let tap = padded.clone().slice([
+                0..b,
+                0..c,
+                top..top + out_h,
+                row_phase..row_phase + 1,
+                left..left + out_w,
+                column_phase..column_phase + 1,
+            ]);
+            taps.push(tap.reshape([b, c, 1, out_h * out_w])); // b c 1 (h' w')
+        }
+    }
+    Tensor::cat(taps, 2) // b c (k k) (h' w')
+        .reshape([b, c * kernel * kernel, out_h * out_w])
 }
 
 /// Every cell becomes 2×2 of itself: `(b, c, h, w)` → `(b, c, 2h, 2w)`.
@@ -329,6 +419,47 @@ mod tests {
         let output = conv(weight, 3).downsample(input);
         assert_eq!(output.dims(), [1, 1, 2, 2]);
         close(&to_f32(&output), &[10.5, 0.5, 0.5, 0.5]);
+    }
+
+    #[test]
+    fn a_convolution_by_product_is_the_convolution() {
+        let values = |count: usize, salt: usize| -> Vec<f32> {
+            (0..count)
+                .map(|i| ((i * 37 + salt * 11) % 29) as f32 / 14.0 - 1.0)
+                .collect()
+        };
+        let device = tensor::device::training(&cpu());
+        for (kernel, stride, padding) in [(3, 1, 1), (3, 2, 0), (1, 1, 0)] {
+            let [b, c, o, h, w] = [3, 2, 4, 7, 9];
+            let results = [false, true].map(|by_product| {
+                let make = |count, salt, shape| {
+                    from_f32(values(count, salt), shape, &device).require_grad()
+                };
+                let input: Tensor<4> = make(b * c * h * w, 1, [b, c, h, w]);
+                let weight: Tensor<4> = make(o * c * kernel * kernel, 2, [o, c, kernel, kernel]);
+                let bias = from_f32(values(o, 3), [o], &device).require_grad();
+                let output = if by_product {
+                    convolve_by_product(input.clone(), &weight, &bias, stride, padding)
+                } else {
+                    let options = ConvOptions::new([stride; 2], [padding; 2], [1, 1], 1);
+                    conv2d(input.clone(), weight.clone(), Some(bias.clone()), options)
+                };
+                let gradients = output.clone().powi_scalar(2).sum().backward();
+                [
+                    to_f32(&output.inner()),
+                    to_f32(&input.grad(&gradients).expect("it was asked for")),
+                    to_f32(&weight.grad(&gradients).expect("it was asked for")),
+                    to_f32(&bias.grad(&gradients).expect("it was asked for")),
+                ]
+            });
+            let [library, product] = results;
+            for (library, product) in library.iter().zip(&product) {
+                assert_eq!(library.len(), product.len());
+                for (l, p) in library.iter().zip(product) {
+                    assert!((l - p).abs() <= 1e-4 * l.abs().max(1.0), "{l} is not {p}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -5,10 +5,13 @@ use std::path::Path;
 
 use artifacts::captions::caption_hash;
 use artifacts::{CaptionRow, Digest, Hasher, RejectRow, SampleRow};
+use sources::{LISTED, Problem, place};
 
 use crate::check::{Checked, Taken};
-use crate::error::{Conflict, IngestError, LISTED, place};
-use crate::reason::{DUPLICATE, Problem};
+use crate::error::{Conflict, IngestError};
+
+/// The same picture with the same caption is already there. No failure, so not counted as one.
+const DUPLICATE: &str = "duplicate";
 
 /// The three tables.
 #[derive(Debug, Default)]

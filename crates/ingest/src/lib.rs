@@ -10,34 +10,39 @@
 //! found. Images are decoded in parallel; at most one per thread and one batch of encoded Parquet rows are in memory.
 //! Rows are sorted by sample id: the same data gives the same bytes.
 //!
-//! `layout` finds which of the three it is and every image with its caption, `check` looks at one image, `collect` at
+//! [`sources`] finds which of the three it is and every image with its caption; `check` looks at one image, `collect` at
 //! all of them together.
 
 #![forbid(unsafe_code)]
 
 mod error;
-mod reason;
 
 mod check;
 mod collect;
-mod layout;
-mod metadata;
 
 #[cfg(test)]
 mod tests;
 
 use artifacts::{captions, rejects, samples};
+use pipeline::recipe::IngestRecipe;
 use pipeline::{StageContext, StageReport, files, outputs};
 use pixel_art::Limits;
+use sources::{Source, SourceKeys, SourceRecipe};
 
-pub use error::{Conflict, IngestError, MetadataProblem};
+pub use error::{Conflict, IngestError};
 
 use check::Checker;
 use collect::Collected;
-use layout::Layout;
 
 /// Version of the tables' columns, in their footers.
 const TABLE_VERSION: &str = "1";
+
+/// What messages call the recipe's fields.
+const KEYS: SourceKeys = SourceKeys {
+    source: "ingest.source",
+    image_column: "ingest.image_column",
+    caption_column: "ingest.caption_column",
+};
 
 /// Reads the recipe's source into the stage's directory.
 ///
@@ -47,10 +52,10 @@ const TABLE_VERSION: &str = "1";
 /// `ingest.max_rejects` cannot be used, none can, or a table cannot be written.
 pub fn run(context: &StageContext) -> Result<StageReport, IngestError> {
     let recipe = &context.recipe.ingest;
-    let layout = Layout::open(recipe)?;
+    let source = open(recipe)?;
     let job = context
         .progress
-        .job("read images", layout.num_images() as u64, "images");
+        .job("read images", source.num_images() as u64, "images");
     let checker = Checker {
         limits: Limits {
             max_pixels: recipe.max_pixels,
@@ -61,7 +66,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, IngestError> {
         .num_threads(context.options.threads.unwrap_or(0))
         .build()
         .map_err(IngestError::Threads)?;
-    let checked = pool.install(|| layout.check(&checker))?;
+    let checked = pool.install(|| source.map(|image| checker.check(image)))?;
     job.finish();
     let num_images = checked.len() as u64;
     let collected = Collected::new(checked)?;
@@ -96,8 +101,17 @@ pub fn run(context: &StageContext) -> Result<StageReport, IngestError> {
             collected.num_duplicates
         ));
     }
-    for note in layout.notes() {
+    for note in source.notes() {
         report = report.note(note);
     }
     Ok(report)
+}
+
+fn open(recipe: &IngestRecipe) -> Result<Source, IngestError> {
+    Ok(Source::open(&SourceRecipe {
+        path: &recipe.source,
+        image_column: &recipe.image_column,
+        caption_column: &recipe.caption_column,
+        keys: &KEYS,
+    })?)
 }

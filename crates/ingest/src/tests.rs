@@ -694,7 +694,7 @@ fn parquet_without_the_column_or_damaged_is_refused() {
     let mut recipe = Recipe::parse(demo, &place, &[]).expect("sound").ingest;
     recipe.source.clone_from(&world.source);
     recipe.caption_column = "caption".to_owned();
-    let error = crate::layout::Layout::open(&recipe)
+    let error = crate::open(&recipe)
         .map(|_| ())
         .expect_err("no such column");
     let failure = Failure::from(error);

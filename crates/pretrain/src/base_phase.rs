@@ -17,6 +17,7 @@ use text_encoders::{ClipConfig, ClipTextModel, ClipTokenizer, T5Config, T5Encode
 
 use crate::PretrainError;
 use crate::augment::variant;
+use crate::clock::HostWork;
 use crate::recipe::{BaseRecipe, PretrainRecipe};
 use crate::run::{Ended, Run};
 use crate::state::{Layout, TrainState};
@@ -237,7 +238,7 @@ pub(crate) fn train(
     let training = device::training(&run.device);
     let [_, h, w] = latents.shape;
     let rope = Rope::for_latent(&configs.transformer, recipe.t5_tokens, [h, w], &training);
-    let ended = run.train("base", &name, optimizer, &mut state, |state| {
+    let ended = run.train("base", &name, optimizer, &mut state, |state, clock| {
         let step = state.step;
         let mut stream = Stream::new(seed, Purpose::Order, step, "pretrain/base");
         let places: Vec<usize> = (0..optimizer.batch)
@@ -270,12 +271,16 @@ pub(crate) fn train(
         );
         let noise = Tensor::<4>::random(clean.dims(), Distribution::Normal(0.0, 1.0), &run.device);
         let (noisy, target) = noised(clean, noise, &sigmas);
+        clock.did(HostWork::Draw);
         let leaves = state.leaves();
         let models = Models::load(&leaves.weights, configs, &training, precision)?;
+        clock.did(HostWork::Build);
         let velocity = models.velocity(Tensor::from_inner(noisy), &ids, &sigmas, &rope);
         let target: Tensor<3> = Tensor::from_inner(target);
         let loss = (velocity - target).powi_scalar(2).mean();
+        clock.did(HostWork::Forward);
         let gradients = loss.backward();
+        clock.did(HostWork::Backward);
         let norm = state.update(&leaves, &gradients, optimizer);
         Ok([loss.inner(), norm])
     })?;

@@ -3,14 +3,18 @@
 //! Pictures are told apart by their pixels: the same picture under two captions is one picture and two pairs, and is
 //! held out with all of its captions or not at all. A caption of a held-out picture is left out of the training pairs
 //! wherever else it stands.
+//!
+//! Pictures come from any source that `ingest` reads ([`sources`]). Order counts: sources as the recipe lists them,
+//! files by name, rows as stored. A picture or caption that cannot be used stops the run before it begins.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::Path;
 
-use artifacts::{Digest, ParquetImages, digest_bytes};
+use artifacts::{Digest, RejectRow, digest_bytes};
 use flow_matching::noise::{Purpose, Stream};
-use pixel_art::{Limits, Rgb8, Rgba8, decode};
+use pixel_art::{Limits, Rgb8, Rgba8};
 use rayon::prelude::*;
+use sources::{LISTED, Problem, Source, SourceImage, SourceKeys, SourceRecipe};
 
 use crate::PretrainError;
 use crate::augment::scale;
@@ -37,7 +41,10 @@ pub struct Corpus {
     pub held_out: Vec<Pair>,
     /// What only the autoencoder learns from.
     pub textures: Vec<Rgb8>,
-    /// Content of all of it.
+    /// What the autoencoder is measured on beside the held-out pictures; nothing learns from it.
+    pub characters: Vec<Rgba8>,
+    /// Content of all that is learned from: of each captioned pair in order the picture's identity (64 hexadecimal
+    /// digits) and the caption, then the RGBA pixels of each picture of `corpus.textures`, as stored.
     pub digest: Digest,
 }
 
@@ -56,18 +63,65 @@ const LIMITS: Limits = Limits {
     max_pixels: 1 << 24,
 };
 
+/// What messages call the fields of a source under the key `source`.
+const fn keys(source: &'static str) -> SourceKeys {
+    SourceKeys {
+        source,
+        image_column: "corpus.image_column",
+        caption_column: "corpus.caption_column",
+    }
+}
+
+const CAPTIONED: SourceKeys = keys("corpus.captioned");
+const TEXTURES: SourceKeys = keys("corpus.textures");
+const CHARACTERS: SourceKeys = keys("evaluate.characters");
+
 impl Corpus {
     /// Reads what a recipe names.
     ///
     /// # Errors
     ///
-    /// If a file is damaged or there is nothing to learn from.
+    /// If a source cannot be read, a picture of it cannot be used, or there is nothing to learn from.
     pub fn read(recipe: &PretrainRecipe) -> Result<Self, PretrainError> {
-        let corpus = &recipe.corpus;
-        let captioned = read_pictures(&corpus.captioned, corpus)?;
-        let pixel_art = read_pictures(&corpus.textures, corpus)?;
-        let pixel_art = pixel_art.into_iter().map(|row| row.picture).collect();
-        Self::new(recipe, captioned, pixel_art)
+        let mut captioned = Vec::new();
+        for path in &recipe.corpus.captioned {
+            let source = Source::open(&source(path, recipe, &CAPTIONED))?;
+            captioned.extend(read(&source, path, &CAPTIONED, |image| {
+                let caption = image.caption()?.to_owned();
+                let decoded = image.decode(&LIMITS)?;
+                Ok(Captioned {
+                    identity: decoded.identity(),
+                    picture: decoded.picture,
+                    caption,
+                })
+            })?);
+        }
+        let mut pixel_art = Vec::new();
+        for path in &recipe.corpus.textures {
+            let source = Source::open_pictures(&source(path, recipe, &TEXTURES))?;
+            pixel_art.extend(read(&source, path, &TEXTURES, |image| {
+                Ok(image.decode(&LIMITS)?.picture)
+            })?);
+        }
+        let mut corpus = Self::new(recipe, captioned, pixel_art)?;
+        let path = &recipe.evaluate.characters;
+        if !path.as_os_str().is_empty() {
+            let source = Source::open_pictures(&source(path, recipe, &CHARACTERS))?;
+            let side_px = recipe.corpus.resolution_px;
+            corpus.characters = read(&source, path, &CHARACTERS, |image| {
+                let picture = image.decode(&LIMITS)?.picture;
+                let (width_px, height_px) = (picture.width_px, picture.height_px);
+                if width_px.max(height_px) > side_px {
+                    let detail = format!(
+                        "it is {width_px}×{height_px} px; corpus.resolution_px = {side_px} holds no larger characters"
+                    );
+                    return Err(Problem::new("too-large", detail));
+                }
+                Ok(picture)
+            })?;
+            corpus.characters.truncate(recipe.evaluate.num_characters);
+        }
+        Ok(corpus)
     }
 
     /// Divides captioned pictures into training and held-out ones.
@@ -147,6 +201,7 @@ impl Corpus {
             pairs,
             held_out,
             textures,
+            characters: Vec::new(),
             digest: hasher.finish(),
         })
     }
@@ -164,32 +219,52 @@ impl Corpus {
     }
 }
 
-/// All rows of Parquet files.
-///
-/// # Errors
-///
-/// If a file or a picture is damaged.
-pub fn read_pictures(
-    files: &[PathBuf],
-    recipe: &CorpusRecipe,
-) -> Result<Vec<Captioned>, PretrainError> {
-    if files.is_empty() {
-        return Ok(Vec::new());
+fn source<'a>(
+    path: &'a Path,
+    recipe: &'a PretrainRecipe,
+    keys: &'static SourceKeys,
+) -> SourceRecipe<'a> {
+    SourceRecipe {
+        path,
+        image_column: &recipe.corpus.image_column,
+        caption_column: &recipe.corpus.caption_column,
+        keys,
     }
-    let images = ParquetImages::open(files, &recipe.image_column, &recipe.caption_column)?;
-    let rows: Vec<_> = images.iter().collect::<Result<_, _>>()?;
-    rows.into_par_iter()
-        .map(|row| {
-            let decoded = decode(&row.bytes, &LIMITS).map_err(|source| PretrainError::Picture {
-                path: files[row.file].clone(),
-                row: row.row,
-                source,
-            })?;
-            Ok(Captioned {
-                identity: decoded.identity(),
-                picture: decoded.picture,
-                caption: row.caption.unwrap_or_default(),
-            })
-        })
-        .collect()
 }
+
+/// What `look` makes of every picture of a source, in its order; or all that cannot be used, with reasons.
+fn read<T: Send>(
+    source: &Source,
+    path: &Path,
+    keys: &'static SourceKeys,
+    look: impl Fn(&SourceImage<'_>) -> Result<T, Problem> + Sync,
+) -> Result<Vec<T>, PretrainError> {
+    let seen =
+        source.map(|image| look(image).map_err(|problem| problem.at(image.file, image.row)))?;
+    let mut taken = Vec::with_capacity(seen.len());
+    let mut listed: Vec<RejectRow> = Vec::new();
+    let mut count = 0;
+    for image in seen {
+        match image {
+            Ok(image) => taken.push(image),
+            Err(reject) => {
+                count += 1;
+                if listed.len() < LISTED {
+                    listed.push(reject);
+                }
+            }
+        }
+    }
+    if count > 0 {
+        return Err(PretrainError::Images {
+            key: keys.source,
+            path: path.to_owned(),
+            count,
+            listed,
+        });
+    }
+    Ok(taken)
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use artifacts::ArtifactError;
+use artifacts::{ArtifactError, RejectRow};
 use pipeline::{FailureKind, StageError};
+use sources::{SourceError, advice, rejects_text};
 
 /// Why a base could not be trained.
 #[derive(Debug, thiserror::Error)]
@@ -27,15 +28,25 @@ pub enum PretrainError {
         /// What would do.
         advice: &'static str,
     },
-    /// A picture of a corpus cannot be decoded.
-    #[error("row {row} of {path} is no picture")]
-    Picture {
-        /// The file.
+    /// A source of pictures cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Pictures or captions of a source cannot be used.
+    #[error(
+        "{count} {} of {key} {} cannot be used:{}",
+        if *count == 1 { "image" } else { "images" },
+        path.display(),
+        rejects_text(listed, *count)
+    )]
+    Images {
+        /// The recipe's key.
+        key: &'static str,
+        /// The source.
         path: PathBuf,
-        /// The row.
-        row: u32,
-        /// What is wrong with it.
-        source: pixel_art::DecodeError,
+        /// How many.
+        count: u64,
+        /// The first of them, at most 20.
+        listed: Vec<RejectRow>,
     },
     /// A part of the corpus that is needed is empty.
     #[error("there are no {what}")]
@@ -64,6 +75,9 @@ pub enum PretrainError {
     /// A file of ours is damaged, or could not be written.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
+    /// The device failed at its work.
+    #[error("the device cannot go on")]
+    Execution(#[from] burn::tensor::backend::ExecutionError),
     /// The device is not there.
     #[error(transparent)]
     Device(#[from] tensor::DeviceError),
@@ -87,9 +101,10 @@ pub enum PretrainError {
 impl StageError for PretrainError {
     fn kind(&self) -> FailureKind {
         match self {
+            Self::Source(error) => error.kind(),
             Self::Recipe { .. }
             | Self::Field { .. }
-            | Self::Picture { .. }
+            | Self::Images { .. }
             | Self::Empty { .. }
             | Self::OtherRun { .. }
             | Self::Device(_)
@@ -100,6 +115,8 @@ impl StageError for PretrainError {
 
     fn help(&self) -> Option<String> {
         match self {
+            Self::Source(error) => error.help(),
+            Self::Images { listed, .. } => Some(advice(listed, None)),
             Self::OtherRun { .. } => {
                 Some("choose another --work directory, or remove the old checkpoint yourself".to_owned())
             }

@@ -12,7 +12,6 @@ use tensor::{Backend, Device, Precision, Tensor, to_f32};
 use crate::PretrainError;
 use crate::augment::BACKGROUND;
 use crate::base_phase::{BaseConfigs, CaptionIds, Latents, Models, Tokenizers, noised, shifted};
-use crate::corpus::read_pictures;
 use crate::run::Run;
 use crate::vae_phase::to_tensor;
 
@@ -35,27 +34,27 @@ pub(crate) fn autoencoder(run: &Run<'_>, vae: &Autoencoder) -> Result<Value, Pre
         "held_out_pictures": held_out.len(),
         "held_out_psnr_db": mean_psnr(&held_out, &there_and_back(vae, &held_out, &run.device)),
     });
-    let recipe = &run.recipe.evaluate;
-    if !recipe.characters.as_os_str().is_empty() {
-        let mut rows = read_pictures(std::slice::from_ref(&recipe.characters), &run.recipe.corpus)?;
-        rows.truncate(recipe.num_characters);
-        let sprites: Vec<Rgba8> = rows.into_iter().map(|row| row.picture).collect();
-        let side = run.recipe.corpus.resolution_px;
-        let factor = sprites.first().map_or(1, |s| (side / s.width_px).max(1));
+    let sprites = &run.corpus.characters;
+    if !sprites.is_empty() {
+        let side_px = run.recipe.corpus.resolution_px;
         let large: Vec<Rgb8> = sprites
             .iter()
-            .map(|sprite| sprite.over(BACKGROUND).magnify(factor))
+            .map(|sprite| on_canvas(sprite, side_px))
             .collect();
         let decoded = there_and_back(vae, &large, &run.device);
         let (mut right, mut all) = (0u64, 0u64);
         for (sprite, decoded) in sprites.iter().zip(&decoded) {
-            let (r, a) = own_palette_pixels(sprite, decoded, factor);
+            let (r, a) = own_palette_pixels(sprite, decoded);
             right += r;
             all += a;
         }
+        let factors = sprites
+            .iter()
+            .map(|sprite| Fit::new(sprite, side_px).factor);
         measured["characters"] = json!(large.len());
         measured["characters_psnr_db"] = json!(mean_psnr(&large, &decoded));
-        measured["characters_magnified"] = json!(factor);
+        // Of all characters the one that is magnified least.
+        measured["characters_magnified"] = json!(factors.min());
         measured["native_pixels_nearest_own_color"] = json!(right as f64 / all.max(1) as f64);
     }
     Ok(measured)
@@ -91,9 +90,50 @@ fn mean_psnr(pictures: &[Rgb8], decoded: &[Rgb8]) -> f64 {
     sum / pictures.len().max(1) as f64
 }
 
+/// How a sprite lies on a square canvas: magnified by a whole factor, as large as fits, in the middle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Fit {
+    factor: u32,
+    left_px: u32,
+    top_px: u32,
+}
+
+impl Fit {
+    /// # Panics
+    ///
+    /// If the sprite is larger than the canvas.
+    fn new(sprite: &Rgba8, side_px: u32) -> Self {
+        let longer_px = sprite.width_px.max(sprite.height_px);
+        assert!(
+            longer_px <= side_px,
+            "a sprite of {longer_px} px is larger than {side_px} px"
+        );
+        let factor = side_px / longer_px;
+        Self {
+            factor,
+            left_px: (side_px - factor * sprite.width_px) / 2,
+            top_px: (side_px - factor * sprite.height_px) / 2,
+        }
+    }
+}
+
+/// A sprite on its canvas.
+fn on_canvas(sprite: &Rgba8, side_px: u32) -> Rgb8 {
+    let fit = Fit::new(sprite, side_px);
+    let large = sprite.over(BACKGROUND).magnify(fit.factor);
+    let mut canvas = Rgb8::filled(side_px, side_px, BACKGROUND);
+    canvas.paste(&large, fit.left_px, fit.top_px);
+    canvas
+}
+
 /// Of a sprite's visible pixels: how many blocks of the decoded picture are, on average, nearer to their own colour
 /// than to any other colour of the sprite or the ground; and how many there are.
-fn own_palette_pixels(sprite: &Rgba8, decoded: &Rgb8, factor: u32) -> (u64, u64) {
+fn own_palette_pixels(sprite: &Rgba8, decoded: &Rgb8) -> (u64, u64) {
+    let Fit {
+        factor,
+        left_px,
+        top_px,
+    } = Fit::new(sprite, decoded.width_px);
     let flat = sprite.over(BACKGROUND);
     let mut palette: Vec<[u8; 3]> = flat
         .pixels
@@ -112,7 +152,7 @@ fn own_palette_pixels(sprite: &Rgba8, decoded: &Rgb8, factor: u32) -> (u64, u64)
             let mut mean = [0.0f64; 3];
             for dy in 0..factor {
                 for dx in 0..factor {
-                    let pixel = decoded.pixel(x * factor + dx, y * factor + dy);
+                    let pixel = decoded.pixel(left_px + x * factor + dx, top_px + y * factor + dy);
                     for (sum, value) in mean.iter_mut().zip(pixel) {
                         *sum += f64::from(value) / f64::from(factor * factor);
                     }
@@ -326,10 +366,27 @@ mod tests {
     #[test]
     fn a_block_counts_for_the_colour_that_it_is_nearest_to() {
         let sprite = Rgba8::new(2, 1, vec![200, 0, 0, 255, 0, 0, 0, 0]);
-        let red = Rgb8::new(4, 2, [[190, 10, 10]; 8].concat());
-        assert_eq!(own_palette_pixels(&sprite, &red, 2), (1, 1));
-        let white = Rgb8::new(4, 2, [[250, 240, 240]; 8].concat());
-        assert_eq!(own_palette_pixels(&sprite, &white, 2), (0, 1));
+        let red = Rgb8::filled(4, 4, [190, 10, 10]);
+        assert_eq!(own_palette_pixels(&sprite, &red), (1, 1));
+        let white = Rgb8::filled(4, 4, [250, 240, 240]);
+        assert_eq!(own_palette_pixels(&sprite, &white), (0, 1));
+    }
+
+    #[test]
+    fn a_sprite_of_any_shape_lies_magnified_in_the_middle() {
+        let sprite = Rgba8::new(2, 1, vec![200, 0, 0, 255, 0, 9, 0, 255]);
+        let canvas = on_canvas(&sprite, 5);
+        let fit = Fit {
+            factor: 2,
+            left_px: 0,
+            top_px: 1,
+        };
+        assert_eq!(Fit::new(&sprite, 5), fit);
+        assert_eq!(canvas.pixel(0, 0), BACKGROUND);
+        assert_eq!(canvas.pixel(1, 2), [200, 0, 0]);
+        assert_eq!(canvas.pixel(2, 1), [0, 9, 0]);
+        assert_eq!(canvas.pixel(4, 2), BACKGROUND);
+        assert_eq!(own_palette_pixels(&sprite, &canvas), (2, 2));
     }
 
     #[test]

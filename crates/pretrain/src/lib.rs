@@ -10,6 +10,8 @@
 //! with the same bytes, on several the autoencoder's gradients were seen to differ in their last bits from run to run.
 //! A phase that is done is not repeated while its part of the recipe and the corpus stay as they were.
 //!
+//! How to use it: `docs/pretraining.md`.
+//!
 //! * [`recipe`]: what decides the result. * [`corpus`]: what is learned from, and what is held out. * [`augment`]:
 //!   versions of a picture whose captions say what was done.
 #![forbid(unsafe_code)]
@@ -21,6 +23,7 @@ pub mod augment;
 pub mod corpus;
 mod textures;
 
+mod clock;
 mod run;
 mod state;
 
@@ -212,14 +215,15 @@ fn write_card(
     let said = toml::to_string(recipe).unwrap_or_default();
     let card = format!(
         "# {name}\n\nA small base of the FLUX.1 architecture, trained from scratch by `cargo xtask pretrain`. It draws \
-         {side}×{side} emoji; T5 texts are {tokens} tokens.\n\n## Data\n\n{pairs} pairs of {pictures} pictures \
-         (Fluent emoji, MIT; Noto emoji, Apache-2.0), {held} pairs held out; the autoencoder also saw {textures} \
-         textures (tiles of Dungeon Crawl Stone Soup, CC0, no characters and no monsters; made-up blocks). No \
-         pixel-art character was seen. Content: BLAKE3 `{digest}`.\n\n## Measured\n\n```json\n{evaluation:#}\n```\n\n\
+         pictures of {side}×{side} px; T5 texts are {tokens} tokens.\n\n## Data\n\n{about}\n\n{pairs} pairs of {pictures} \
+         pictures, {held} pairs held out; the autoencoder also saw {textures} textures, {made_up} of them made-up \
+         blocks. Content: BLAKE3 `{digest}`.\n\n## Measured\n\n```json\n{evaluation:#}\n```\n\n\
          ![samples of held-out captions](samples.png)\n\n## Recipe\n\n```toml\n{said}```\n",
         name = recipe.name,
         side = recipe.corpus.resolution_px,
         tokens = recipe.base.t5_tokens,
+        about = recipe.corpus.about.trim(),
+        made_up = recipe.corpus.synthetic_textures,
         pairs = corpus.pairs.len(),
         pictures = corpus.pictures.len(),
         held = corpus.held_out.len(),

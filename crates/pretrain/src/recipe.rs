@@ -31,20 +31,25 @@ pub struct PretrainRecipe {
 }
 
 /// Pictures and captions.
+///
+/// A source is what `ingest` reads: a folder of pictures with `metadata.jsonl` or `metadata.csv`, or with `.txt` files
+/// beside them, or a Parquet file or folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CorpusRecipe {
-    /// Parquet files with captioned pictures: both phases learn from them.
+    /// What the data is and under which licences, as the model card says it (Markdown).
+    pub about: String,
+    /// Sources of captioned pictures: both phases learn from them.
     pub captioned: Vec<PathBuf>,
-    /// Parquet files with pixel art that only the autoencoder sees, magnified by whole factors.
+    /// Sources of pixel art, captions or not, that only the autoencoder sees, magnified by whole factors.
     pub textures: Vec<PathBuf>,
     /// Made-up textures of hard blocks for the autoencoder.
     pub synthetic_textures: usize,
-    /// Column of the pictures.
+    /// Column of the pictures (Parquet).
     pub image_column: String,
-    /// Column of the captions.
+    /// Column or key of the captions (Parquet, `metadata.*`).
     pub caption_column: String,
-    /// Side of every picture.
+    /// Side of every picture; pictures of another size or shape are scaled to it.
     pub resolution_px: u32,
     /// Share of the captioned pictures that nothing learns from.
     pub held_out_share: f64,
@@ -124,7 +129,7 @@ pub struct BaseRecipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluateRecipe {
-    /// Parquet file of pixel-art characters, which nothing has learned from; empty for none.
+    /// Source of pixel-art characters, captions or not, which nothing has learned from; empty for none.
     pub characters: PathBuf,
     /// How many of them.
     pub num_characters: usize,

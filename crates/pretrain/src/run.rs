@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use artifacts::digest_bytes;
+use burn::tensor::backend::Backend as _;
 use serde_json::json;
-use tensor::{Device, Tensor, to_f32};
+use tensor::{Backend, Device, Tensor, to_f32};
 
+use crate::clock::{HostWork, StepClock};
 use crate::recipe::{OptimizerRecipe, PretrainRecipe};
 use crate::state::TrainState;
 use crate::{Corpus, PretrainError};
@@ -74,36 +76,56 @@ impl Run<'_> {
 
     /// Steps until the recipe's number, the deadline, or a loss that is no number.
     ///
-    /// `step` makes one step and gives its loss and the gradients' norm.
+    /// `step` makes one step, tells the clock what it did before the update, and gives its loss and the gradients'
+    /// norm. The steps that are logged begin and end with an idle device, so that their times are theirs alone; others wait for nothing.
     pub(crate) fn train(
         &self,
         phase: &'static str,
         name: &str,
         optimizer: &OptimizerRecipe,
         state: &mut TrainState,
-        mut step: impl FnMut(&mut TrainState) -> Result<[Tensor<1>; 2], PretrainError>,
+        mut step: impl FnMut(&mut TrainState, &mut StepClock) -> Result<[Tensor<1>; 2], PretrainError>,
     ) -> Result<Ended, PretrainError> {
         let path = self.work.join(format!("{phase}.safetensors"));
         let began = Instant::now();
         let (mut since, mut seconds_before) = (state.step, Duration::ZERO);
+        let first = state.step;
+        let report = |steps: u64| {
+            let elapsed_s = began.elapsed().as_secs_f64();
+            self.log(&json!({
+                "phase": format!("{phase} throughput"), "steps": steps, "batch": optimizer.batch,
+                "elapsed_s": elapsed_s,
+                "pictures_per_s": (steps * optimizer.batch as u64) as f64 / elapsed_s,
+            }))
+        };
         while state.step < optimizer.steps {
             let number = state.step;
-            let [loss, norm] = step(state)?;
-            let is_last = state.step == optimizer.steps;
-            if state.step.is_multiple_of(optimizer.log_every) || is_last || number == 0 {
-                // The first reading waits for everything that was queued.
+            let is_last = number + 1 == optimizer.steps;
+            let is_logged =
+                (number + 1).is_multiple_of(optimizer.log_every) || is_last || number == 0;
+            if is_logged {
+                Backend::sync(&self.device)?;
+            }
+            let mut clock = StepClock::start();
+            let [loss, norm] = step(state, &mut clock)?;
+            clock.did(HostWork::Update);
+            if is_logged {
+                Backend::sync(&self.device)?;
+                let time = clock.device_is_idle();
                 let loss = to_f32(&loss)[0];
                 let elapsed = began.elapsed();
                 let seconds = (elapsed - seconds_before).as_secs_f64();
                 let rate = (state.step - since) as f64 / seconds;
                 (since, seconds_before) = (state.step, elapsed);
-                self.log(&json!({
+                let mut line = json!({
                     "phase": phase, "step": state.step, "loss": loss,
                     "grad_norm": to_f32(&norm)[0],
                     "learning_rate": optimizer.learning_rate_at(number),
                     "steps_per_s": rate, "pictures_per_s": rate * optimizer.batch as f64,
                     "elapsed_s": elapsed.as_secs_f64(),
-                }))?;
+                });
+                time.put_into(&mut line);
+                self.log(&line)?;
                 if !loss.is_finite() {
                     return Err(PretrainError::Diverged {
                         phase,
@@ -117,9 +139,11 @@ impl Run<'_> {
                 state.save(&path, name)?;
             }
             if stops {
+                report(state.step - first)?;
                 return Ok(Ended::Paused);
             }
         }
+        report(state.step - first)?;
         Ok(Ended::Done)
     }
 }

@@ -33,6 +33,7 @@ pub(crate) fn tiny_recipe() -> PretrainRecipe {
         seed: 5,
         tokenizers: Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/base"),
         corpus: CorpusRecipe {
+            about: "Squares of one colour each.".to_owned(),
             captioned: Vec::new(),
             textures: Vec::new(),
             synthetic_textures: 3,
@@ -98,6 +99,16 @@ fn losses(dir: &Path, phase: &str) -> Vec<f64> {
         .collect()
 }
 
+#[test]
+fn the_committed_recipes_are_recipes_and_the_tiny_one_finds_its_corpus() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    PretrainRecipe::load(&configs.join("pretrain-small.toml")).expect("a recipe");
+    let recipe = PretrainRecipe::load(&configs.join("pretrain-tiny.toml")).expect("a recipe");
+    let corpus = Corpus::read(&recipe).expect("its corpus is in the repository");
+    assert_eq!(corpus.pictures.len(), 72);
+    assert_eq!(corpus.characters.len(), 12);
+}
+
 /// One test, since Burn's random numbers are one sequence for the whole process.
 ///
 /// On one thread: on several, gradients of the autoencoder were seen to differ in their last bits from run to run.
@@ -127,6 +138,12 @@ fn train_whole_and_in_parts() {
             "{phase}: {losses:?}"
         );
     }
+    let log = fs_err::read_to_string(whole.path().join("work/metrics.jsonl")).expect("it logs");
+    // Both phases log each of their 12 steps.
+    for field in ["host_s", "wait_s", "host_share", "steps_per_s"] {
+        assert_eq!(log.matches(&format!("\"{field}\":")).count(), 24, "{field}");
+    }
+    assert!(log.contains("autoencoder throughput") && log.contains("base throughput"));
     let share = &report.evaluation["base"]["share_right_below_shuffled"];
     assert!(share.is_number(), "{:?}", report.evaluation);
 
@@ -155,4 +172,6 @@ fn train_whole_and_in_parts() {
         assert_eq!(read(whole.path()), read(parts.path()), "{file}");
     }
     assert!(!random_base::is_untrained(&whole.path().join("base")));
+    let card = fs_err::read_to_string(whole.path().join("base/README.md")).expect("it is written");
+    assert!(card.contains("Squares of one colour each."), "{card}");
 }

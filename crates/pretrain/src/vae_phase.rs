@@ -13,6 +13,7 @@ use tensor::{Backend, Device, IntTensor, Precision, Tensor, TensorData, device};
 
 use crate::PretrainError;
 use crate::augment::BACKGROUND;
+use crate::clock::HostWork;
 use crate::run::{Ended, Run};
 use crate::state::{Layout, TrainState};
 
@@ -98,43 +99,53 @@ pub(crate) fn train(
     let textures = Pool::new(&run.corpus.textures, &run.device);
     let training = device::training(&run.device);
 
-    let ended = run.train("autoencoder", &name, optimizer, &mut state, |state| {
-        let step = state.step;
-        let mut stream = Stream::new(
-            run.recipe.seed,
-            Purpose::Order,
-            step,
-            "pretrain/autoencoder",
-        );
-        let pictures = batch(
-            &captioned,
-            textures.as_ref(),
-            &mut stream,
-            recipe.texture_share,
-            optimizer.batch,
-        );
-        Backend::seed(&run.device, run.recipe.seed ^ (step << 8));
-        let leaves = state.leaves();
-        let model = Autoencoder::load(&leaves.weights[0], config, &training, precision)?;
-        let pictures: Tensor<4> = Tensor::from_inner(pictures);
-        let posterior = model.encode(pictures.clone().cast(precision.dtype()));
-        let mean = posterior.mean.cast(tensor::DType::F32);
-        let logvar = posterior.logvar.cast(tensor::DType::F32);
-        let noise = Tensor::from_inner(Tensor::<4>::random(
-            mean.dims(),
-            Distribution::Normal(0.0, 1.0),
-            &run.device,
-        ));
-        let latents = mean.clone() + (logvar.clone() * 0.5).exp() * noise;
-        let decoded = model
-            .decode(latents.cast(precision.dtype()))
-            .cast(tensor::DType::F32);
-        let kl = (mean.powi_scalar(2) + logvar.clone().exp() - 1.0 - logvar).mean() * 0.5;
-        let loss = distance(decoded, pictures, recipe.gradient_weight) + kl * recipe.kl_weight;
-        let gradients = loss.backward();
-        let norm = state.update(&leaves, &gradients, optimizer);
-        Ok([loss.inner(), norm])
-    })?;
+    let ended = run.train(
+        "autoencoder",
+        &name,
+        optimizer,
+        &mut state,
+        |state, clock| {
+            let step = state.step;
+            let mut stream = Stream::new(
+                run.recipe.seed,
+                Purpose::Order,
+                step,
+                "pretrain/autoencoder",
+            );
+            let pictures = batch(
+                &captioned,
+                textures.as_ref(),
+                &mut stream,
+                recipe.texture_share,
+                optimizer.batch,
+            );
+            clock.did(HostWork::Draw);
+            Backend::seed(&run.device, run.recipe.seed ^ (step << 8));
+            let leaves = state.leaves();
+            let model = Autoencoder::load(&leaves.weights[0], config, &training, precision)?;
+            clock.did(HostWork::Build);
+            let pictures: Tensor<4> = Tensor::from_inner(pictures);
+            let posterior = model.encode(pictures.clone().cast(precision.dtype()));
+            let mean = posterior.mean.cast(tensor::DType::F32);
+            let logvar = posterior.logvar.cast(tensor::DType::F32);
+            let noise = Tensor::from_inner(Tensor::<4>::random(
+                mean.dims(),
+                Distribution::Normal(0.0, 1.0),
+                &run.device,
+            ));
+            let latents = mean.clone() + (logvar.clone() * 0.5).exp() * noise;
+            let decoded = model
+                .decode(latents.cast(precision.dtype()))
+                .cast(tensor::DType::F32);
+            let kl = (mean.powi_scalar(2) + logvar.clone().exp() - 1.0 - logvar).mean() * 0.5;
+            let loss = distance(decoded, pictures, recipe.gradient_weight) + kl * recipe.kl_weight;
+            clock.did(HostWork::Forward);
+            let gradients = loss.backward();
+            clock.did(HostWork::Backward);
+            let norm = state.update(&leaves, &gradients, optimizer);
+            Ok([loss.inner(), norm])
+        },
+    )?;
     Ok((state, ended))
 }
 

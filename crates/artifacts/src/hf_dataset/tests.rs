@@ -44,6 +44,22 @@ fn rows_of_all_shards_come_in_order() {
 }
 
 #[test]
+fn pictures_can_be_read_where_there_are_no_captions() {
+    let images = ParquetImages::open_pictures(&FIXTURES.map(fixture), "image")
+        .expect("no text is asked for");
+    let rows: Result<Vec<ParquetImage>> = images.iter().collect();
+    let expected: Vec<ParquetImage> = (0..4)
+        .flat_map(expected)
+        .map(|image| ParquetImage {
+            caption: None,
+            ..image
+        })
+        .collect();
+    assert_eq!(rows.expect("readable"), expected);
+    assert!(ParquetImages::open_pictures(&[fixture(FIXTURES[0])], "text").is_err());
+}
+
+#[test]
 fn any_row_can_be_read_alone() {
     let images = ParquetImages::open(&FIXTURES.map(fixture), "image", "text").expect("sound");
     for file in [2, 0, 3, 1] {

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::error::{IngestError, MetadataProblem};
-use crate::reason::{CAPTION_NOT_TEXT, MISSING_CAPTION, Problem};
+use crate::SourceRecipe;
+use crate::error::{MetadataProblem, SourceError};
+use crate::problem::{CAPTION_NOT_TEXT, MISSING_CAPTION, Problem};
 
 const FILE_NAME: &str = "file_name";
 
@@ -22,8 +23,9 @@ pub(crate) struct Line {
 }
 
 /// Reads either kind, told apart by the ending.
-pub(crate) fn read(path: &Path, caption_column: &str) -> Result<Vec<Line>, IngestError> {
-    let failed = |line, source| IngestError::Metadata {
+pub(crate) fn read(path: &Path, recipe: &SourceRecipe<'_>) -> Result<Vec<Line>, SourceError> {
+    let caption_column = recipe.caption_column;
+    let failed = |line, source| SourceError::Metadata {
         path: path.to_path_buf(),
         line,
         source,
@@ -38,7 +40,8 @@ pub(crate) fn read(path: &Path, caption_column: &str) -> Result<Vec<Line>, Inges
     }
     .map_err(|(line, problem)| failed(line, problem))?;
     if !lines.is_empty() && !columns.contains(caption_column) {
-        return Err(IngestError::NoCaptionColumn {
+        return Err(SourceError::NoCaptionColumn {
+            keys: recipe.keys,
             path: path.to_path_buf(),
             column: caption_column.to_owned(),
             existing: columns.into_iter().collect(),
@@ -145,12 +148,23 @@ fn kind(value: &Value) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::SourceKeys;
 
-    fn read_text(name: &str, text: &str) -> Result<Vec<Line>, IngestError> {
+    fn read_text(name: &str, text: &str) -> Result<Vec<Line>, SourceError> {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join(name);
         std::fs::write(&path, text).expect("written");
-        read(&path, "text")
+        let recipe = SourceRecipe {
+            path: dir.path(),
+            image_column: "image",
+            caption_column: "text",
+            keys: &SourceKeys {
+                source: "test.source",
+                image_column: "test.image_column",
+                caption_column: "test.caption_column",
+            },
+        };
+        read(&path, &recipe)
     }
 
     fn pairs(lines: Vec<Line>) -> Vec<(String, Option<String>)> {
