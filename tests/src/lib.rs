@@ -62,6 +62,17 @@ const SMALL: &[&str] = &[
     "sample.steps=2",
     "sample.seeds=[1]",
     "sample.prompts=[\"pixel art character, red hair\"]",
+    "sample.compare_with_base=false",
+    "evaluate.held_out=\"\"",
+    "evaluate.sigmas=[0.5]",
+    "evaluate.resamples=50",
+    "evaluate.permutations=50",
+];
+
+/// What a test adds to have pictures held out, and the base's drawn beside the LoRA's.
+pub const HELD_OUT: &[&str] = &[
+    "sample.compare_with_base=true",
+    "evaluate.held_out=\"data/characters-held-out\"",
 ];
 
 impl Project {
@@ -82,24 +93,26 @@ impl Project {
         );
         fs_err::create_dir_all(project.path("configs")).expect("a directory");
         fs_err::write(project.recipe(), recipe).expect("a file");
-        fs_err::create_dir_all(project.path("data/characters")).expect("a directory");
-        let shipped = root.join("data/characters");
+        project.copy_shipped("data/characters", num_characters);
+        project.copy_shipped("data/characters-held-out", 2);
+        project
+    }
+
+    /// Takes over the first pictures of a shipped folder.
+    fn copy_shipped(&self, folder: &str, count: usize) {
+        let shipped = workspace_root().join(folder);
         let captions =
             fs_err::read_to_string(shipped.join("metadata.jsonl")).expect("shipped captions");
+        fs_err::create_dir_all(self.path(folder)).expect("a directory");
         let mut kept = String::new();
-        for line in captions.lines().take(num_characters) {
+        for line in captions.lines().take(count) {
             let row: Value = serde_json::from_str(line).expect("a row of JSON");
             let name = row["file_name"].as_str().expect("a file name");
-            fs_err::copy(
-                shipped.join(name),
-                project.path("data/characters").join(name),
-            )
-            .expect("a copy");
+            fs_err::copy(shipped.join(name), self.path(folder).join(name)).expect("a copy");
             kept.push_str(line);
             kept.push('\n');
         }
-        fs_err::write(project.captions(), kept).expect("a file");
-        project
+        fs_err::write(self.path(folder).join("metadata.jsonl"), kept).expect("a file");
     }
 
     /// A path inside the project.
@@ -169,7 +182,7 @@ impl Project {
             .expect("spritelora starts")
     }
 
-    /// The stages that a run executed, by name, from its JSON document.
+    /// The tasks that a run executed, as people read them, from its JSON document.
     pub fn stages_run(document: &Value) -> Vec<String> {
         document["stages"]
             .as_array()
@@ -177,10 +190,12 @@ impl Project {
             .iter()
             .filter(|stage| stage["ran"] == true)
             .map(|stage| {
-                stage["stage"]
-                    .as_str()
-                    .expect("a stage has a name")
-                    .to_owned()
+                let name = stage["stage"].as_str().expect("a stage has a name");
+                if stage["held_out"] == true {
+                    format!("{name} (held-out)")
+                } else {
+                    name.to_owned()
+                }
             })
             .collect()
     }

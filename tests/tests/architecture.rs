@@ -24,6 +24,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("cache-latents", 4),
     ("train", 4),
     ("sample", 4),
+    ("evaluate", 4),
     ("random-base", 4),
     ("parity", 5),
     ("pretrain", 5),

@@ -5,7 +5,14 @@ use std::time::Duration;
 use end_to_end::Project;
 use serde_json::Value;
 
-const ALL: [&str; 5] = ["ingest", "embed-text", "cache-latents", "train", "sample"];
+const ALL: [&str; 6] = [
+    "ingest",
+    "embed-text",
+    "cache-latents",
+    "train",
+    "sample",
+    "evaluate",
+];
 
 fn report<'a>(document: &'a Value, stage: &str) -> &'a Value {
     document["stages"]
@@ -28,12 +35,12 @@ fn run_once() -> Project {
 }
 
 #[test]
-fn a_second_run_does_nothing_and_says_fresh_five_times() {
+fn a_second_run_does_nothing_and_says_fresh_six_times() {
     let project = run_once();
     let before = project.fingerprint_of_artifacts();
     let ended = project.xtask("run", &[]);
     assert_eq!(ended.code, 0, "{}", ended.stderr);
-    assert_eq!(ended.stdout.matches("Fresh").count(), 5, "{}", ended.stdout);
+    assert_eq!(ended.stdout.matches("Fresh").count(), 6, "{}", ended.stdout);
     assert!(ended.stdout.contains("sheet.png"), "{}", ended.stdout);
     assert_eq!(project.fingerprint_of_artifacts(), before);
 }
@@ -73,7 +80,7 @@ fn one_edited_pixel_encodes_one_image_and_no_text() {
     let document = project.xtask_json("run", &[]);
     assert_eq!(
         Project::stages_run(&document),
-        ["ingest", "cache-latents", "train", "sample"]
+        ["ingest", "cache-latents", "train", "sample", "evaluate"]
     );
     let counts = &report(&document, "cache-latents")["counts"];
     assert_eq!(counts["encoded"], 1, "{document}");
@@ -90,7 +97,7 @@ fn one_edited_caption_encodes_one_text_and_no_image() {
     let document = project.xtask_json("run", &[]);
     assert_eq!(
         Project::stages_run(&document),
-        ["ingest", "embed-text", "train", "sample"]
+        ["ingest", "embed-text", "train", "sample", "evaluate"]
     );
     let counts = &report(&document, "embed-text")["counts"];
     assert_eq!(counts["encoded"], 1, "{document}");
@@ -109,7 +116,10 @@ fn one_changed_training_number_trains_and_draws_again() {
         status.stdout
     );
     let document = project.xtask_json("run", &change);
-    assert_eq!(Project::stages_run(&document), ["train", "sample"]);
+    assert_eq!(
+        Project::stages_run(&document),
+        ["train", "sample", "evaluate"]
+    );
     // The earlier artifacts are still there, and good.
     assert!(Project::stages_run(&project.xtask_json("run", &[])).is_empty());
 }

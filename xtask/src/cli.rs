@@ -32,7 +32,9 @@ pub enum Command {
     Train(StageOptions),
     /// Draw pictures
     Sample(SampleOptions),
-    /// All stages, from images to a contact sheet
+    /// Measure the LoRA on pictures held out, and what the drawn pictures show
+    Evaluate(StageOptions),
+    /// All stages, from images to a contact sheet and a report
     Run(StageOptions),
     /// Say of each stage whether its output is still good, and if not why
     Status(StageOptions),

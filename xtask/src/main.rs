@@ -49,6 +49,7 @@ fn main() -> ExitCode {
             &options.stage,
             &overrides::of_sample(&options),
         ),
+        Command::Evaluate(options) => stages::run("evaluate", &[Stage::Evaluate], &options, &[]),
         Command::Run(options) => stages::run("run", &Stage::ALL, &options, &[]),
         Command::Status(options) => status::show(&options),
         Command::Parity(options) => program::pass_through("parity", &options.arguments),

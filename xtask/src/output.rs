@@ -1,7 +1,7 @@
 //! Words or JSON on stdout. Failures are told on stderr, and with `--json` also as the document on stdout.
 
 use console::{print_document, shown_path};
-use pipeline::{DirtyReason, Failure, Stage, StageState};
+use pipeline::{DataSet, DirtyReason, Failure, StageState, Task};
 use serde_json::{Value, json};
 
 /// Tells a failure on stderr, and on stdout if the caller reads JSON; gives the exit code.
@@ -13,11 +13,13 @@ pub fn failure(failure: &Failure, json: bool) -> u8 {
     failure.kind().exit_code()
 }
 
-/// A stage's state as JSON.
-pub fn state_value(stage: Stage, state: &StageState) -> Value {
+/// A task's state as JSON.
+pub fn state_value(task: Task, state: &StageState) -> Value {
+    let (stage, held_out) = (task.stage, task.data == DataSet::HeldOut);
     match state {
         StageState::Fresh(artifact) => json!({
             "stage": stage,
+            "held_out": held_out,
             "state": "fresh",
             "dir": artifact.dir,
             "fingerprint": artifact.manifest.fingerprint,
@@ -29,6 +31,7 @@ pub fn state_value(stage: Stage, state: &StageState) -> Value {
             dir,
         } => json!({
             "stage": stage,
+            "held_out": held_out,
             "state": "dirty",
             "dir": dir,
             "fingerprint": fingerprint,
@@ -36,6 +39,7 @@ pub fn state_value(stage: Stage, state: &StageState) -> Value {
         }),
         StageState::Blocked { upstream } => json!({
             "stage": stage,
+            "held_out": held_out,
             "state": "blocked",
             "upstream": upstream,
         }),
@@ -49,10 +53,10 @@ fn reasons_value(reasons: &[DirtyReason]) -> Vec<Value> {
         .collect()
 }
 
-/// A stage's state in words, with a short path.
-pub fn state_words(stage: Stage, state: &StageState) -> String {
+/// A task's state in words, with a short path.
+pub fn state_words(task: Task, state: &StageState) -> String {
     match state {
-        StageState::Fresh(artifact) => format!("{stage}: Fresh ({})", shown_path(&artifact.dir)),
-        other => format!("{stage}: {other}"),
+        StageState::Fresh(artifact) => format!("{task}: Fresh ({})", shown_path(&artifact.dir)),
+        other => format!("{task}: {other}"),
     }
 }

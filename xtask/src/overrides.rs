@@ -55,6 +55,10 @@ pub fn of_sample(options: &SampleOptions) -> Vec<Override> {
     }
     if options.no_trained_lora {
         set("use_trained_lora", false.into());
+        if options.lora.is_empty() {
+            // The pictures are the base's own then.
+            set("compare_with_base", false.into());
+        }
     }
     changes
 }
@@ -119,6 +123,12 @@ mod unit_tests {
         assert_eq!(sample.loras[0].path, Path::new("/x/a.safetensors"));
         assert_eq!(sample.loras[0].scale, 0.5);
         assert!(!sample.use_trained_lora);
+    }
+
+    #[test]
+    fn without_any_lora_there_is_nothing_to_compare() {
+        assert!(drawn_with(&[]).sample.compare_with_base);
+        assert!(!drawn_with(&["--no-trained-lora"]).sample.compare_with_base);
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! Freshness and runs: each stage that is not fresh is run by `spritelora`, in order, until one fails.
+//! Freshness and runs: each task that is not fresh is run by `spritelora`, in order, until one fails.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use console::{Progress, print_document, print_line, shown_path};
 use pipeline::{
-    Artifact, Failure, Override, Pipeline, PipelineError, Recipe, Stage, StageState, files,
+    Artifact, DataSet, Failure, Override, Pipeline, PipelineError, Recipe, Stage, StageState, Task,
+    files,
 };
 use serde_json::{Value, json};
 
@@ -68,7 +69,18 @@ impl Place {
 #[derive(Debug, Default)]
 struct Done {
     stages: Vec<Value>,
-    last: Option<Artifact>,
+    artifacts: Vec<Artifact>,
+}
+
+impl Done {
+    /// A file of a stage's artifact, if that stage was among those asked for.
+    fn file(&self, stage: Stage, name: &str) -> Option<PathBuf> {
+        self.artifacts
+            .iter()
+            .find(|artifact| artifact.manifest.stage == stage)
+            .map(|artifact| artifact.path(name))
+            .filter(|file| file.is_file())
+    }
 }
 
 /// Runs what is not fresh of `stages`; gives the exit code.
@@ -80,14 +92,14 @@ pub fn run(command: &str, stages: &[Stage], options: &StageOptions, more: &[Over
     let mut done = Done::default();
     let failure = run_all(stages, &place, options, &mut done).err();
 
-    let drew = done
-        .last
-        .as_ref()
-        .filter(|artifact| artifact.manifest.stage == Stage::Sample && failure.is_none());
-    let sheet = drew
-        .map(|artifact| artifact.path(files::SHEET))
-        .filter(|sheet| sheet.is_file());
-    let untrained = drew.is_some() && place.recipe.base.is_untrained();
+    if failure.is_some() {
+        // What stands from before is no result of this run.
+        done.artifacts.clear();
+    }
+    let sheet = done.file(Stage::Sample, files::SHEET);
+    let comparison = done.file(Stage::Sample, files::COMPARISON_SHEET);
+    let report = done.file(Stage::Evaluate, files::REPORT);
+    let untrained = sheet.is_some() && place.recipe.base.is_untrained();
     if options.json {
         let error = failure.as_ref().map(|failure| match failure {
             RunFailure::Ours(failure) => failure.to_json(),
@@ -101,10 +113,25 @@ pub fn run(command: &str, stages: &[Stage], options: &StageOptions, more: &[Over
             document["sheet"] = json!(sheet);
             document["pictures_are_noise"] = json!(untrained);
         }
+        if let Some(comparison) = &comparison {
+            document["comparison_sheet"] = json!(comparison);
+        }
+        if let Some(report) = &report {
+            document["evaluation"] = fs_err::read(report)
+                .ok()
+                .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+                .unwrap_or_default();
+        }
         print_document(&document);
     } else {
         if let Some(sheet) = &sheet {
             print_line(&format!("contact sheet: {}", shown_path(sheet)));
+        }
+        if let Some(comparison) = &comparison {
+            print_line(&format!("before and after: {}", shown_path(comparison)));
+        }
+        if let Some(text) = done.file(Stage::Evaluate, files::REPORT_TEXT) {
+            print_line(&format!("report: {}", shown_path(&text)));
         }
         if untrained {
             print_line(&format!(
@@ -159,22 +186,22 @@ fn run_all(
 ) -> Result<(), RunFailure> {
     let mut program = None;
     let mut look = place.look()?;
-    for &stage in stages {
-        let state = look.state(stage)?;
+    for task in Task::of_stages(stages, &place.recipe) {
+        let state = look.state(task)?;
         if let StageState::Blocked { upstream } = state {
             let reason = look.state(upstream)?.to_string();
             return Err(PipelineError::Blocked {
-                stage,
+                stage: task,
                 upstream,
                 reason,
             }
             .into());
         }
         let must_run = options.force || !state.is_fresh();
-        let mut entry = output::state_value(stage, &state);
+        let mut entry = output::state_value(task, &state);
         entry["ran"] = json!(must_run);
         if !options.json {
-            let words = output::state_words(stage, &state);
+            let words = output::state_words(task, &state);
             let forced = options.force && state.is_fresh();
             print_line(&if forced {
                 format!("{words}, forced")
@@ -184,29 +211,29 @@ fn run_all(
         }
         if !must_run {
             done.stages.push(entry);
-            done.last = fresh(state);
+            done.artifacts.extend(fresh(state));
             continue;
         }
         let path = match &program {
             Some(path) => path,
             None => program.insert(program::prepare(options.device.starts_with("cuda"))?),
         };
-        let result = spawn(path, stage, place, options);
+        let result = spawn(path, task, place, options);
         if let Ok(Some(report)) = &result {
             entry["report"] = report.clone();
         }
         done.stages.push(entry);
         result?;
         look = place.look()?;
-        let state = look.state(stage)?;
+        let state = look.state(task)?;
         if !state.is_fresh() {
             return Err(
-                Failure::bad_input(format!("{stage} has run, but now is {state}"))
+                Failure::bad_input(format!("{task} has run, but now is {state}"))
                     .with_help("something changed its data meanwhile; run it again")
                     .into(),
             );
         }
-        done.last = fresh(state);
+        done.artifacts.extend(fresh(state));
     }
     Ok(())
 }
@@ -218,13 +245,14 @@ fn fresh(state: StageState) -> Option<Artifact> {
     }
 }
 
-/// Has `spritelora` run a stage; its report if JSON was asked for.
+/// Has `spritelora` run a task; its report if JSON was asked for.
 fn spawn(
     program: &Path,
-    stage: Stage,
+    task: Task,
     place: &Place,
     options: &StageOptions,
 ) -> Result<Option<Value>, RunFailure> {
+    let stage = task.stage;
     let mut child = Command::new(program);
     child
         .arg(stage.name())
@@ -243,6 +271,9 @@ fn spawn(
     }
     if options.force {
         child.arg("--force");
+    }
+    if task.data == DataSet::HeldOut {
+        child.arg("--held-out");
     }
     let start = |source| ProgramError::Start {
         path: program.to_owned(),

@@ -1,7 +1,7 @@
 //! Says of each stage whether its output is still good, and if not why; runs nothing.
 
 use console::{print_document, print_line};
-use pipeline::{Failure, Stage};
+use pipeline::{DataSet, Failure, Task};
 use serde_json::json;
 
 use crate::cli::StageOptions;
@@ -19,21 +19,22 @@ pub fn show(options: &StageOptions) -> u8 {
     };
     let mut values = Vec::new();
     let mut first_failure: Option<Failure> = None;
-    for stage in Stage::ALL {
-        match look.state(stage) {
+    for task in Task::all(&place.recipe) {
+        match look.state(task) {
             Ok(state) => {
                 if !options.json {
-                    print_line(&output::state_words(stage, &state));
+                    print_line(&output::state_words(task, &state));
                 }
-                values.push(output::state_value(stage, &state));
+                values.push(output::state_value(task, &state));
             }
             Err(error) => {
                 let failure = Failure::from(error);
                 if !options.json {
-                    print_line(&format!("{stage}: Error: {failure}"));
+                    print_line(&format!("{task}: Error: {failure}"));
                 }
                 values.push(json!({
-                    "stage": stage,
+                    "stage": task.stage,
+                    "held_out": task.data == DataSet::HeldOut,
                     "state": "error",
                     "error": failure.to_json(),
                 }));

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard};
 
 use console::Progress;
-use pipeline::{Failure, Override, Recipe, RunOptions, Stage, run_stage};
+use pipeline::{Failure, Override, Recipe, RunOptions, Stage, Task, run_stage};
 
 /// Held while an executable is written or a process is started: a process that is forked while another thread writes an
 /// executable inherits the open file, and then the executable is "busy".
@@ -31,6 +31,7 @@ impl World {
         };
         world.write("configs/demo.toml", include_str!("../../configs/demo.toml"));
         world.write("data/characters/a.png", "pixels");
+        world.write("data/characters-held-out/b.png", "other pixels");
         world.write(
             "data/base/model_index.json",
             "{\"_spritelora_untrained\": true}",
@@ -73,11 +74,10 @@ impl World {
         .expect("executable");
     }
 
-    /// Seals all stages' artifacts with invented results.
+    /// Seals all tasks' artifacts with invented results.
     fn run_all_stages(&self, overrides: &[Override]) {
-        for stage in Stage::ALL {
-            let recipe =
-                Recipe::load(&self.path("configs/demo.toml"), overrides).expect("a recipe");
+        let recipe = Recipe::load(&self.path("configs/demo.toml"), overrides).expect("a recipe");
+        for task in Task::all(&recipe) {
             let options = RunOptions {
                 device: "cpu".into(),
                 threads: None,
@@ -85,16 +85,22 @@ impl World {
                 json: false,
             };
             let work = |context: &pipeline::StageContext| {
-                fs_err::write(context.path(pipeline::files::SHEET), "a sheet").expect("written");
+                for (name, text) in [
+                    (pipeline::files::SHEET, "a sheet"),
+                    (pipeline::files::REPORT, "{\"report_version\": 1}"),
+                    (pipeline::files::REPORT_TEXT, "# Evaluation"),
+                ] {
+                    fs_err::write(context.path(name), text).expect("written");
+                }
                 let promised = context.stage.promised_outputs().iter();
                 Ok::<_, Failure>(
                     promised.fold(context.report(), |report, name| report.output(name, name)),
                 )
             };
             run_stage(
-                recipe,
+                recipe.clone(),
                 &self.path("runs"),
-                stage,
+                task,
                 options,
                 Progress::silent(),
                 false,
@@ -143,7 +149,7 @@ fn json(output: &Output) -> serde_json::Value {
 }
 
 #[test]
-fn a_second_run_says_fresh_five_times_and_starts_nothing() {
+fn a_second_run_says_fresh_of_each_task_and_starts_nothing() {
     let world = World::new();
     world.run_all_stages(&[]);
     let started = std::time::Instant::now();
@@ -157,7 +163,13 @@ fn a_second_run_says_fresh_five_times_and_starts_nothing() {
             "{text}"
         );
     }
+    assert_eq!(text.matches(": Fresh (").count(), 9, "{text}");
+    assert!(
+        text.contains("ingest (held-out): Fresh (runs/ingest/"),
+        "{text}"
+    );
     assert!(text.contains("contact sheet: runs/sample/"), "{text}");
+    assert!(text.contains("report: runs/evaluate/"), "{text}");
     assert!(text.contains("these pictures are noise"), "{text}");
 }
 
@@ -166,9 +178,14 @@ fn json_is_one_document_and_nothing_else() {
     let world = World::new();
     world.run_all_stages(&[]);
     let document = json(&world.xtask(&["run", "--json"]));
-    assert_eq!(document["stages"][3]["stage"], "train");
-    assert_eq!(document["stages"][3]["state"], "fresh");
-    assert_eq!(document["stages"][3]["ran"], false);
+    let stages = &document["stages"];
+    assert_eq!(stages[3]["stage"], "ingest");
+    assert_eq!(stages[3]["held_out"], true);
+    assert_eq!(stages[6]["stage"], "train");
+    assert_eq!(stages[6]["held_out"], false);
+    assert_eq!(stages[6]["state"], "fresh");
+    assert_eq!(stages[6]["ran"], false);
+    assert_eq!(document["evaluation"]["report_version"], 1);
     assert_eq!(document["pictures_are_noise"], true);
     assert!(Path::new(document["sheet"].as_str().expect("a path")).is_file());
 }
@@ -193,7 +210,7 @@ fn status_says_why_each_stage_is_dirty() {
         "{text}"
     );
     let document = json(&world.xtask(&["status", "--json", "--set", "train.learning_rate=2e-3"]));
-    let reason = &document["stages"][3]["reasons"][0]["detail"];
+    let reason = &document["stages"][6]["reasons"][0]["detail"];
     assert_eq!(reason["key"], "train.learning_rate");
     assert_eq!(
         (&reason["old"], &reason["new"]),
@@ -321,6 +338,18 @@ fn a_stage_is_started_with_recipe_runs_and_changes() {
         .map(|argument| format!("<{argument}>"))
         .collect();
     assert_eq!(stderr(&output).trim(), lines.join("\n"));
+}
+
+#[test]
+fn held_out_pictures_are_prepared_by_the_same_subcommand_with_an_option() {
+    let world = World::new();
+    world.spritelora_is("echo \"$1 ${10} $#\" >&2; exit 1");
+    let output = world.xtask(&["evaluate", "--set", "name=x", "--device=cpu"]);
+    assert_eq!(
+        stdout(&output),
+        "ingest (held-out): Dirty: no earlier run\n"
+    );
+    assert_eq!(stderr(&output).trim(), "ingest --held-out 10");
 }
 
 #[test]

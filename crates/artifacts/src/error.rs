@@ -32,6 +32,14 @@ pub enum ArtifactError {
         /// The system's reason.
         source: io::Error,
     },
+    /// A JSON file that does not hold what it should.
+    #[error("{} cannot be read", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line and column.
+        source: serde_json::Error,
+    },
     /// The directory takes no new files.
     #[error(
         "cannot write {}: its directory is read-only or belongs to someone else; \

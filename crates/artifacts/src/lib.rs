@@ -12,8 +12,9 @@
 //! | the public recipe's embeddings | [`public_embeddings`] | others | embed-text |
 //! | latents | [`latents`] | cache-latents | train |
 //! | `metrics.parquet` | [`metrics`] | train | people |
+//! | the list in `images.json` | [`images`] | sample | evaluate |
 //! | Hugging Face image data sets | [`hf_dataset`] | others | sources, cache-latents |
-//! | source images, by what `samples.parquet` says | [`SourceImages`] | others | sources, cache-latents |
+//! | source images, by what `samples.parquet` says | [`SourceImages`] | others | sources, cache-latents, evaluate |
 #![deny(unsafe_code)]
 
 mod error;
@@ -28,6 +29,7 @@ mod parquet_read;
 mod parquet_write;
 
 pub mod captions;
+pub mod images;
 pub mod metrics;
 pub mod rejects;
 pub mod samples;
@@ -45,6 +47,7 @@ pub use checkpoint::Checkpoint;
 pub use digest::{Digest, Hasher, ParseDigestError, digest_bytes, digest_file};
 pub use error::{ArtifactError, HeaderProblem, KeyMismatch, ParquetProblem, Result, WriteProblem};
 pub use hf_dataset::{ParquetImage, ParquetImages};
+pub use images::ImageEntry;
 pub use latents::{Latent, LatentCache, LatentCacheWriter, LatentRow};
 pub use metrics::MetricRow;
 pub use parquet_write::Footer;

@@ -32,6 +32,10 @@ pub enum Purpose {
     Timestep,
     /// What sampling starts from.
     InitialLatent,
+    /// Which measurements a bootstrap takes.
+    Resample,
+    /// Which prompt meets which picture in a permutation test.
+    Permutation,
 }
 
 impl Purpose {
@@ -46,6 +50,8 @@ impl Purpose {
             Self::Noise => "noise",
             Self::Timestep => "timestep",
             Self::InitialLatent => "initial-latent",
+            Self::Resample => "resample",
+            Self::Permutation => "permutation",
         }
     }
 }

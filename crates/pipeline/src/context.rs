@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::manifest::{Artifact, earlier_artifacts};
 use crate::recipe::Recipe;
 use crate::stage::{Stage, WeightPart};
+use crate::task::{DataSet, Task};
 
 /// What changes only speed and is never fingerprinted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,15 +29,17 @@ pub struct RunOptions {
 pub struct StageContext {
     /// The stage that runs.
     pub stage: Stage,
-    /// The recipe, paths absolute.
+    /// The pictures that it works on.
+    pub data: DataSet,
+    /// The recipe, paths absolute; `ingest.source` is the source of [`StageContext::data`].
     pub recipe: Recipe,
     /// The directory of all artifacts.
     pub runs: PathBuf,
     /// Where this run writes; it exists. It may hold files of an interrupted run of the same fingerprint when
     /// [`Stage::resumes`], else it is empty.
     pub dir: PathBuf,
-    /// The sealed artifacts of [`Stage::inputs`].
-    pub inputs: BTreeMap<Stage, Artifact>,
+    /// The sealed artifacts of [`Task::inputs`].
+    pub inputs: BTreeMap<Task, Artifact>,
     /// What the fingerprint is made of, e.g. `weights.vae` → 64 hex digits.
     pub components: BTreeMap<String, String>,
     /// What changes only speed.
@@ -46,15 +49,29 @@ pub struct StageContext {
 }
 
 impl StageContext {
-    /// The sealed artifact of an input stage.
+    /// The sealed artifact of an input stage, of the pictures that this one works on.
     ///
     /// # Panics
     ///
-    /// If `stage` is not among [`Stage::inputs`] of this stage under this recipe.
+    /// If `stage` is not among [`Task::inputs`] of this stage under this recipe.
     pub fn input(&self, stage: Stage) -> &Artifact {
+        let data = self.data;
+        self.input_task(Task { stage, data })
+    }
+
+    /// The sealed artifact that a stage made of the held-out pictures.
+    ///
+    /// # Panics
+    ///
+    /// If it is not among [`Task::inputs`] of this stage under this recipe.
+    pub fn held_out_input(&self, stage: Stage) -> &Artifact {
+        self.input_task(Task::held_out(stage))
+    }
+
+    fn input_task(&self, task: Task) -> &Artifact {
         self.inputs
-            .get(&stage)
-            .unwrap_or_else(|| panic!("{stage} is no input of {}", self.stage))
+            .get(&task)
+            .unwrap_or_else(|| panic!("{task} is no input of {}", self.stage))
     }
 
     /// The folder of a part of the base, e.g. `<base>/vae`.
@@ -99,6 +116,7 @@ impl StageContext {
     pub fn report(&self) -> StageReport {
         StageReport {
             stage: self.stage,
+            data: self.data,
             dir: self.dir.clone(),
             seconds: 0.0,
             counts: BTreeMap::new(),
@@ -118,6 +136,9 @@ impl StageContext {
 pub struct StageReport {
     /// The stage that ran.
     pub stage: Stage,
+    /// The pictures that it worked on; training in reports from before held-out pictures were known.
+    #[serde(default)]
+    pub data: DataSet,
     /// Its artifact directory.
     pub dir: PathBuf,
     /// How long it took; filled in by [`crate::StageRun::finish`].
@@ -131,6 +152,14 @@ pub struct StageReport {
 }
 
 impl StageReport {
+    /// The task that it is of.
+    pub fn task(&self) -> Task {
+        Task {
+            stage: self.stage,
+            data: self.data,
+        }
+    }
+
     /// Sets a count.
     #[must_use]
     pub fn count(mut self, what: &str, count: u64) -> Self {

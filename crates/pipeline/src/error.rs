@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::failure::{FailureKind, StageError};
 use crate::recipe::RecipeError;
 use crate::stage::Stage;
+use crate::task::Task;
 
 /// An error of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -31,15 +32,19 @@ pub enum PipelineError {
         /// The system's reason.
         source: io::Error,
     },
-    /// `ingest.source` does not exist.
-    #[error("ingest.source is {}, which does not exist", path.display())]
+    /// A source of pictures does not exist.
+    #[error("{key} is {}, which does not exist", path.display())]
     NoSource {
+        /// The recipe's key: `ingest.source` or `evaluate.held_out`.
+        key: &'static str,
         /// The resolved path.
         path: PathBuf,
     },
-    /// `ingest.source` is a folder without a file.
-    #[error("ingest.source is {}, which holds no files", path.display())]
+    /// A source of pictures is a folder without a file.
+    #[error("{key} is {}, which holds no files", path.display())]
     EmptySource {
+        /// The recipe's key.
+        key: &'static str,
         /// The resolved path.
         path: PathBuf,
     },
@@ -88,10 +93,10 @@ pub enum PipelineError {
     /// An earlier stage has to run first.
     #[error("{stage} cannot run: {upstream} is not fresh ({reason})")]
     Blocked {
-        /// The stage that was asked for.
-        stage: Stage,
-        /// The stage that has to run.
-        upstream: Stage,
+        /// The task that was asked for.
+        stage: Task,
+        /// The task that has to run.
+        upstream: Task,
         /// Why it has to.
         reason: String,
     },
@@ -130,6 +135,14 @@ pub enum PipelineError {
 }
 
 impl PipelineError {
+    /// An error about the source of pictures, said of the recipe's key for held-out ones.
+    pub(crate) fn of_held_out(mut self) -> Self {
+        if let Self::NoSource { key, .. } | Self::EmptySource { key, .. } = &mut self {
+            *key = "evaluate.held_out";
+        }
+        self
+    }
+
     /// Wraps a failed read-like operation.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
@@ -175,11 +188,10 @@ impl StageError for PipelineError {
             Self::NotWritable { .. } => {
                 "choose a directory that you may write to with --runs DIR".to_owned()
             }
-            Self::NoSource { .. } => {
-                "set ingest.source in the recipe, or --set ingest.source=PATH; a relative path starts at the \
-                 directory that holds configs/"
-                    .to_owned()
-            }
+            Self::NoSource { key, .. } => format!(
+                "set {key} in the recipe, or --set {key}=PATH; a relative path starts at the directory that holds \
+                 configs/"
+            ),
             Self::EmptySource { .. } => {
                 "put images and their captions there: metadata.jsonl, metadata.csv, .txt files beside the images, \
                  or Parquet shards"
@@ -204,7 +216,8 @@ impl StageError for PipelineError {
                 }
             }
             Self::Blocked { upstream, .. } => {
-                format!("run `cargo xtask {upstream}` first, or everything with `cargo xtask run`")
+                let command = upstream.command();
+                format!("run `cargo xtask {command}` first, or everything with `cargo xtask run`")
             }
             Self::Locked { .. } => "wait for it, or use another --runs directory".to_owned(),
             Self::ChangedMeanwhile { .. } => "run it again".to_owned(),

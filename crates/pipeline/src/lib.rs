@@ -1,7 +1,8 @@
 //! What the stages are, what each reads and writes, and whether its output is still good.
 //!
 //! A **recipe** ([`Recipe`]) says everything that decides a result. A **stage** ([`Stage`]) turns artifacts of earlier
-//! stages into one of its own, in `runs/<stage>/<fingerprint>/`. The **fingerprint** is the BLAKE3 of its components:
+//! stages into one of its own, in `runs/<stage>/<fingerprint>/`. A **task** ([`Task`]) is a stage at work on the
+//! training pictures or on those held out. The **fingerprint** is the BLAKE3 of its components:
 //! the recipe's fields, the digests of the weights that the stage uses, and the logical digests of its inputs; paths,
 //! times, device, threads and batch size stay out. A `manifest.json`, written last, **seals** the directory; one
 //! without it is an interrupted run and is never read. [`Pipeline::state`] compares what a run would have as
@@ -28,6 +29,7 @@ mod run;
 mod source;
 mod stage;
 mod state;
+mod task;
 
 pub use clock::{file_timestamp, utc_timestamp};
 pub use context::{RunOptions, StageContext, StageReport};
@@ -42,3 +44,4 @@ pub use run::{Begin, StageLock, StageRun, run_stage};
 pub use source::{SourceFile, list_source};
 pub use stage::{Stage, WeightPart, files, outputs};
 pub use state::{DirtyReason, StageState};
+pub use task::{DataSet, Task};

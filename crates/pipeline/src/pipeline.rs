@@ -1,4 +1,4 @@
-//! A recipe and a runs directory seen together: the components of each stage and the state of its output.
+//! A recipe and a runs directory seen together: the components of each task and the state of its output.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use crate::recipe::Recipe;
 use crate::source::list_source;
 use crate::stage::{Stage, WeightPart};
 use crate::state::{DirtyReason, StageState};
+use crate::task::{DataSet, Task};
 
 /// Files of a base's part that decide results; anything else there (`README.md`, other frameworks' weights) does not.
 const WEIGHT_FILES: [&str; 4] = ["safetensors", "json", "txt", "model"];
@@ -25,9 +26,9 @@ pub struct Pipeline {
     runs: PathBuf,
     progress: Progress,
     digests: DigestCache,
-    sources: Option<BTreeMap<String, String>>,
+    sources: BTreeMap<DataSet, BTreeMap<String, String>>,
     weights: BTreeMap<WeightPart, String>,
-    states: BTreeMap<Stage, StageState>,
+    states: BTreeMap<Task, StageState>,
 }
 
 impl Pipeline {
@@ -43,7 +44,7 @@ impl Pipeline {
             recipe,
             runs,
             progress,
-            sources: None,
+            sources: BTreeMap::new(),
             weights: BTreeMap::new(),
             states: BTreeMap::new(),
         })
@@ -52,6 +53,29 @@ impl Pipeline {
     /// The recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
+    }
+
+    /// The recipe as a stage sees it that works on `data`: `ingest.source` is that set's.
+    ///
+    /// # Panics
+    ///
+    /// If the recipe holds nothing out and `data` are the held-out pictures.
+    pub(crate) fn recipe_for(&self, data: DataSet) -> Recipe {
+        let mut recipe = self.recipe.clone();
+        recipe.ingest.source = self.source_of(data).to_owned();
+        recipe
+    }
+
+    fn source_of(&self, data: DataSet) -> &Path {
+        match data {
+            DataSet::Training => &self.recipe.ingest.source,
+            DataSet::HeldOut => self
+                .recipe
+                .evaluate
+                .held_out
+                .as_deref()
+                .expect("only recipes that hold pictures out have tasks on them"),
+        }
     }
 
     /// The directory of all artifacts, absolute.
@@ -74,29 +98,30 @@ impl Pipeline {
     /// # Errors
     ///
     /// If the data, the base or a file that the recipe names cannot be read.
-    pub fn state(&mut self, stage: Stage) -> Result<StageState, PipelineError> {
-        if let Some(state) = self.states.get(&stage) {
+    pub fn state(&mut self, task: impl Into<Task>) -> Result<StageState, PipelineError> {
+        let task = task.into();
+        if let Some(state) = self.states.get(&task) {
             return Ok(state.clone());
         }
-        let state = match self.inputs(stage)? {
+        let state = match self.inputs(task)? {
             Err(upstream) => StageState::Blocked { upstream },
             Ok(inputs) => {
-                let components = self.components(stage, &inputs)?;
-                self.compare(stage, components)
+                let components = self.components(task, &inputs)?;
+                self.compare(task, components)
             }
         };
         self.digests.save();
-        self.states.insert(stage, state.clone());
+        self.states.insert(task, state.clone());
         Ok(state)
     }
 
-    /// The fresh artifacts that a stage opens, or the first stage that has to run before.
+    /// The fresh artifacts that a task opens, or the first task that has to run before.
     pub(crate) fn inputs(
         &mut self,
-        stage: Stage,
-    ) -> Result<Result<BTreeMap<Stage, Artifact>, Stage>, PipelineError> {
+        task: Task,
+    ) -> Result<Result<BTreeMap<Task, Artifact>, Task>, PipelineError> {
         let mut inputs = BTreeMap::new();
-        for upstream in stage.inputs(&self.recipe) {
+        for upstream in task.inputs(&self.recipe) {
             match self.state(upstream)? {
                 StageState::Fresh(artifact) => {
                     inputs.insert(upstream, *artifact);
@@ -108,16 +133,17 @@ impl Pipeline {
         Ok(Ok(inputs))
     }
 
-    /// Everything that decides a stage's result.
+    /// Everything that decides a task's result.
     pub(crate) fn components(
         &mut self,
-        stage: Stage,
-        inputs: &BTreeMap<Stage, Artifact>,
+        task: Task,
+        inputs: &BTreeMap<Task, Artifact>,
     ) -> Result<BTreeMap<String, String>, PipelineError> {
+        let stage = task.stage;
         let mut components = self.recipe.flattened(stage);
         components.insert("schema".into(), format!("{stage}/{}", stage.schema()));
         if stage == Stage::Ingest {
-            let digest = digest_of_pairs("source files", self.sources()?);
+            let digest = digest_of_pairs("source files", self.sources(task.data)?);
             components.insert("source.files".into(), digest);
         }
         for (key, path) in self.named_files(stage) {
@@ -127,36 +153,44 @@ impl Pipeline {
         for part in stage.weights() {
             components.insert(format!("weights.{}", part.name()), self.weights(*part)?);
         }
-        for (upstream, output) in stage.input_digests(&self.recipe) {
+        for (upstream, output) in task.input_digests(&self.recipe) {
             let artifact = &inputs[&upstream];
             let digest = artifact
                 .output(output)
                 .ok_or_else(|| PipelineError::MissingDigest {
-                    stage: upstream,
+                    stage: upstream.stage,
                     output,
                     dir: artifact.dir.clone(),
                 })?;
-            components.insert(format!("input.{output}"), digest.to_owned());
+            components.insert(task.component_of(upstream, output), digest.to_owned());
         }
         self.check_sizes(stage)?;
         Ok(components)
     }
 
-    /// Names and digests of the data files.
-    pub(crate) fn sources(&mut self) -> Result<&BTreeMap<String, String>, PipelineError> {
-        if self.sources.is_none() {
-            let listed = list_source(&self.recipe.ingest.source)?;
+    /// Names and digests of a set's files.
+    pub(crate) fn sources(
+        &mut self,
+        data: DataSet,
+    ) -> Result<&BTreeMap<String, String>, PipelineError> {
+        if !self.sources.contains_key(&data) {
+            let listed = list_source(self.source_of(data)).map_err(|error| match data {
+                DataSet::Training => error,
+                DataSet::HeldOut => error.of_held_out(),
+            })?;
             let (names, paths): (Vec<_>, Vec<_>) = listed
                 .into_iter()
                 .map(|file| (file.name, file.path))
                 .unzip();
             let digests = self.digests.digests(&paths)?;
-            self.sources = Some(names.into_iter().zip(digests).collect());
+            self.sources
+                .insert(data, names.into_iter().zip(digests).collect());
         }
-        Ok(self.sources.as_ref().expect("set just above"))
+        Ok(&self.sources[&data])
     }
 
-    fn compare(&mut self, stage: Stage, components: BTreeMap<String, String>) -> StageState {
+    fn compare(&mut self, task: Task, components: BTreeMap<String, String>) -> StageState {
+        let stage = task.stage;
         let fingerprint = Fingerprint::of(&components);
         let dir = self.dir_of(stage, &fingerprint);
         let mut reasons = Vec::new();
@@ -177,7 +211,10 @@ impl Pipeline {
             }
             Ok(None) => {}
         }
-        let earlier = earlier_artifacts(stage, &self.runs);
+        let earlier: Vec<Artifact> = earlier_artifacts(stage, &self.runs)
+            .into_iter()
+            .filter(|artifact| artifact.manifest.report.data == task.data)
+            .collect();
         // With several recipes in one runs directory, the difference to this recipe's last run says more.
         let newest = earlier
             .iter()
@@ -188,7 +225,7 @@ impl Pipeline {
                 &newest.manifest.components,
                 &components,
                 &newest.sources(),
-                self.sources.as_ref().unwrap_or(&BTreeMap::new()),
+                self.sources.get(&task.data).unwrap_or(&BTreeMap::new()),
             ));
         }
         if reasons.is_empty() {
@@ -218,7 +255,7 @@ impl Pipeline {
                     named.push((format!("sample.loras.{index}"), lora.path.clone()));
                 }
             }
-            Stage::Ingest | Stage::CacheLatents | Stage::Train => {}
+            Stage::Ingest | Stage::CacheLatents | Stage::Train | Stage::Evaluate => {}
         }
         named
     }
@@ -294,7 +331,7 @@ impl Pipeline {
                 ("sample.width_px", self.recipe.sample.width_px),
                 ("sample.height_px", self.recipe.sample.height_px),
             ],
-            Stage::Ingest | Stage::EmbedText | Stage::Train => return Ok(()),
+            Stage::Ingest | Stage::EmbedText | Stage::Train | Stage::Evaluate => return Ok(()),
         };
         #[derive(Deserialize)]
         struct VaeLevels {

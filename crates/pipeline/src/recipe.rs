@@ -42,6 +42,8 @@ pub struct Recipe {
     pub train: TrainRecipe,
     /// Drawing pictures.
     pub sample: SampleRecipe,
+    /// Measuring LoRA and pictures.
+    pub evaluate: EvaluateRecipe,
 }
 
 /// The model that is adapted.
@@ -228,10 +230,44 @@ pub struct SampleRecipe {
     pub lora_scale: f64,
     /// Further LoRAs, applied at once.
     pub loras: Vec<LoraChoice>,
+    /// Whether each picture is also drawn without any LoRA, with the same seed, prompt and steps.
+    pub compare_with_base: bool,
     /// Columns of the contact sheet.
     pub sheet_columns: u32,
     /// Integer magnification of each picture on the contact sheet.
     pub sheet_magnify: u32,
+}
+
+/// Measuring how well the LoRA predicts pictures that it was not trained on, and whether pictures show what their
+/// prompts say.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluateRecipe {
+    /// A source of pictures with captions like `ingest.source`, of which none is trained on; `""` for none, then no
+    /// loss is measured. Not fingerprinted; names below it and contents are.
+    #[serde(with = "values::empty_is_none")]
+    pub held_out: Option<PathBuf>,
+    /// Noise levels of the loss, above 0 and at most 1.
+    pub sigmas: Vec<f64>,
+    /// Noises per picture; each is used at every level.
+    pub draws: u32,
+    /// Seed of noises, resamples and permutations.
+    pub seed: u64,
+    /// Resamples of the held-out pictures from which the interval of the loss's change is read.
+    pub resamples: u32,
+    /// Random reassignments of prompts to pictures from which chance is read.
+    pub permutations: u32,
+    /// Share of a region's pixels from which on a colour counts as visible there.
+    pub visible_share: f64,
+    /// Things in the head's region whose colour a prompt may say, e.g. `hair` for "long red hair". Without any word
+    /// here and below no attributes are measured.
+    pub head_words: Vec<String>,
+    /// The same for the torso.
+    pub torso_words: Vec<String>,
+    /// The same for the legs.
+    pub legs_words: Vec<String>,
+    /// The same for the feet.
+    pub feet_words: Vec<String>,
 }
 
 /// A LoRA file and how strongly it is applied.

@@ -22,6 +22,7 @@ use crate::pipeline::Pipeline;
 use crate::recipe::Recipe;
 use crate::stage::Stage;
 use crate::state::{DirtyReason, StageState};
+use crate::task::Task;
 
 /// The right to run a stage in a runs directory; given back when dropped, also by a killed process.
 #[derive(Debug)]
@@ -80,26 +81,28 @@ impl StageRun {
     /// If the stage is locked or blocked, or the recipe's files or the runs directory cannot be used.
     pub fn begin(
         mut pipeline: Pipeline,
-        stage: Stage,
+        task: impl Into<Task>,
         options: RunOptions,
         force: bool,
     ) -> Result<Begin, PipelineError> {
-        let state = pipeline.state(stage)?;
+        let task = task.into();
+        let stage = task.stage;
+        let state = pipeline.state(task)?;
         if let (StageState::Fresh(artifact), false) = (&state, force) {
             return Ok(Begin::Fresh(artifact.clone()));
         }
-        let inputs = match pipeline.inputs(stage)? {
+        let inputs = match pipeline.inputs(task)? {
             Ok(inputs) => inputs,
             Err(upstream) => {
                 return Err(PipelineError::Blocked {
-                    stage,
+                    stage: task,
                     upstream,
                     reason: pipeline.state(upstream)?.to_string(),
                 });
             }
         };
         let lock = StageLock::acquire(stage, pipeline.runs())?;
-        let components = pipeline.components(stage, &inputs)?;
+        let components = pipeline.components(task, &inputs)?;
         let fingerprint = Fingerprint::of(&components);
         let final_dir = pipeline.dir_of(stage, &fingerprint);
         if !force
@@ -123,7 +126,8 @@ impl StageRun {
         make_ready(&dir, keep).map_err(PipelineError::write("prepare", &dir))?;
         let context = StageContext {
             stage,
-            recipe: pipeline.recipe().clone(),
+            data: task.data,
+            recipe: pipeline.recipe_for(task.data),
             runs: pipeline.runs().to_owned(),
             dir,
             inputs,
@@ -198,13 +202,14 @@ impl StageRun {
 
     /// Writes down what the data was, unless it is no longer what this run was named for.
     fn seal_sources(&mut self) -> Result<(), PipelineError> {
-        let before = self.pipeline.sources()?.clone();
+        let data = self.context.data;
+        let before = self.pipeline.sources(data)?.clone();
         let mut now = Pipeline::open(
-            self.context.recipe.clone(),
+            self.pipeline.recipe().clone(),
             &self.context.runs,
             self.context.progress.clone(),
         )?;
-        let after = now.sources()?;
+        let after = now.sources(data)?;
         if *after != before {
             let key = || "source.files".to_owned();
             let reasons = DirtyReason::between(
@@ -231,22 +236,23 @@ impl StageRun {
 pub fn run_stage<E: Into<Failure>>(
     recipe: Recipe,
     runs: &Path,
-    stage: Stage,
+    task: impl Into<Task>,
     options: RunOptions,
     progress: Progress,
     force: bool,
     work: impl FnOnce(&StageContext) -> Result<StageReport, E>,
 ) -> Result<(StageReport, bool), Failure> {
+    let task = task.into();
     let pipeline = Pipeline::open(recipe, runs, progress)?;
-    let run = match StageRun::begin(pipeline, stage, options, force)? {
+    let run = match StageRun::begin(pipeline, task, options, force)? {
         Begin::Fresh(artifact) => return Ok((artifact.manifest.report, false)),
         Begin::Run(run) => run,
     };
-    tracing::info!(%stage, dir = %run.context().dir.display(), "started");
+    tracing::info!(%task, dir = %run.context().dir.display(), "started");
     match work(run.context()) {
         Ok(report) => {
             let report = run.finish(report)?;
-            tracing::info!(%stage, seconds = report.seconds, "sealed");
+            tracing::info!(%task, seconds = report.seconds, "sealed");
             Ok((report, true))
         }
         Err(error) => {

@@ -9,6 +9,9 @@ use walkdir::WalkDir;
 
 use crate::error::PipelineError;
 
+/// The recipe's key for the source.
+const SOURCE_KEY: &str = "ingest.source";
+
 /// A file below the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceFile {
@@ -28,6 +31,7 @@ pub struct SourceFile {
 pub fn list_source(source: &Path) -> Result<Vec<SourceFile>, PipelineError> {
     if !source.exists() {
         return Err(PipelineError::NoSource {
+            key: SOURCE_KEY,
             path: source.to_owned(),
         });
     }
@@ -65,6 +69,7 @@ pub fn list_source(source: &Path) -> Result<Vec<SourceFile>, PipelineError> {
     }
     if listed.is_empty() {
         return Err(PipelineError::EmptySource {
+            key: SOURCE_KEY,
             path: source.to_owned(),
         });
     }

@@ -1,11 +1,9 @@
-//! The stages: names, order, what each reads of the base and of earlier stages, and what it must produce.
+//! The stages: names, order, what each reads of the base, and what it must produce.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-
-use crate::recipe::Recipe;
 
 /// Names of the files that stages leave in their artifact directories for others to read.
 pub mod files {
@@ -27,6 +25,14 @@ pub mod files {
     pub const CHECKPOINTS: &str = "checkpoints";
     /// `sample`: all pictures on one sheet.
     pub const SHEET: &str = "sheet.png";
+    /// `sample`: pictures of the base beside those with the LoRAs, if the recipe compares them.
+    pub const COMPARISON_SHEET: &str = "before-after.png";
+    /// `sample`: what each picture is.
+    pub const IMAGES: &str = "images.json";
+    /// `evaluate`: everything that was measured.
+    pub const REPORT: &str = "report.json";
+    /// `evaluate`: the same in short, for people.
+    pub const REPORT_TEXT: &str = "report.md";
 }
 
 /// Names of the logical digests that stages leave in [`crate::StageReport::outputs`] and so in their manifests.
@@ -50,6 +56,8 @@ pub mod outputs {
     pub const LORA: &str = "lora";
     /// `sample`: over the pictures' pixels.
     pub const IMAGES: &str = "images";
+    /// `evaluate`: over the report.
+    pub const REPORT: &str = "report";
 }
 
 /// A stage of the pipeline. Its name is the `cargo xtask` subcommand and the artifact directory.
@@ -66,6 +74,8 @@ pub enum Stage {
     Train,
     /// Prompts into pictures.
     Sample,
+    /// LoRA and pictures into figures.
+    Evaluate,
 }
 
 /// A part of the base's diffusers directory.
@@ -128,12 +138,13 @@ impl WeightPart {
 
 impl Stage {
     /// All stages, each after those it reads.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Ingest,
         Self::EmbedText,
         Self::CacheLatents,
         Self::Train,
         Self::Sample,
+        Self::Evaluate,
     ];
 
     /// Subcommand and directory name.
@@ -144,6 +155,7 @@ impl Stage {
             Self::CacheLatents => "cache-latents",
             Self::Train => "train",
             Self::Sample => "sample",
+            Self::Evaluate => "evaluate",
         }
     }
 
@@ -155,49 +167,19 @@ impl Stage {
             Self::CacheLatents => "cache_latents",
             Self::Train => "train",
             Self::Sample => "sample",
+            Self::Evaluate => "evaluate",
         }
     }
 
     /// Version of what the stage writes. Raise it when the same components would give another output.
     pub fn schema(self) -> u32 {
         match self {
-            Self::Ingest | Self::EmbedText | Self::CacheLatents | Self::Train | Self::Sample => 1,
+            Self::Sample => 2, // images.json says of each picture whether LoRAs had a part in it
+            Self::Ingest | Self::EmbedText | Self::CacheLatents | Self::Train | Self::Evaluate => 1,
         }
     }
 
-    /// The stages whose artifacts this one opens under `recipe`, in pipeline order.
-    pub fn inputs(self, recipe: &Recipe) -> Vec<Self> {
-        match self {
-            Self::Ingest => vec![],
-            Self::EmbedText | Self::CacheLatents => vec![Self::Ingest],
-            Self::Train => vec![Self::Ingest, Self::EmbedText, Self::CacheLatents],
-            Self::Sample if recipe.sample.use_trained_lora => vec![Self::Train],
-            Self::Sample => vec![],
-        }
-    }
-
-    /// The logical digests of earlier stages that decide this one's result under `recipe`.
-    pub fn input_digests(self, recipe: &Recipe) -> Vec<(Self, &'static str)> {
-        match self {
-            Self::Ingest => vec![],
-            Self::EmbedText if recipe.embed_text.public_embeddings.is_some() => vec![
-                (Self::Ingest, outputs::CAPTIONS),
-                (Self::Ingest, outputs::PAIRS),
-                (Self::Ingest, outputs::COMPAT_HASHES),
-            ],
-            Self::EmbedText => vec![(Self::Ingest, outputs::CAPTIONS)],
-            Self::CacheLatents => vec![(Self::Ingest, outputs::SAMPLES)],
-            Self::Train => vec![
-                (Self::Ingest, outputs::PAIRS),
-                (Self::EmbedText, outputs::EMBEDDINGS),
-                (Self::CacheLatents, outputs::LATENTS),
-            ],
-            Self::Sample if recipe.sample.use_trained_lora => vec![(Self::Train, outputs::LORA)],
-            Self::Sample => vec![],
-        }
-    }
-
-    /// The parts of the base that this stage reads. `train` reads the VAE's configuration (scale and shift).
+    /// The parts of the base that this stage reads. `train` and `evaluate` read the VAE's configuration (scale and shift).
     pub fn weights(self) -> &'static [WeightPart] {
         match self {
             Self::Ingest => &[],
@@ -214,6 +196,7 @@ impl Stage {
                 WeightPart::Vae,
             ],
             Self::Sample => &WeightPart::ALL,
+            Self::Evaluate => &[WeightPart::Transformer, WeightPart::Vae],
         }
     }
 
@@ -230,6 +213,7 @@ impl Stage {
             Self::CacheLatents => &[outputs::LATENTS],
             Self::Train => &[outputs::LORA],
             Self::Sample => &[outputs::IMAGES],
+            Self::Evaluate => &[outputs::REPORT],
         }
     }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::fingerprint::Fingerprint;
 use crate::manifest::Artifact;
-use crate::stage::Stage;
+use crate::task::Task;
 
 /// More changed files than this are summed up in one reason.
 const MAX_FILES_NAMED: usize = 5;
@@ -32,8 +32,8 @@ pub enum StageState {
     },
     /// It cannot be told before an earlier stage has run.
     Blocked {
-        /// The first stage that has to run.
-        upstream: Stage,
+        /// The first task that has to run.
+        upstream: Task,
     },
 }
 

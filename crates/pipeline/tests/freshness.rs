@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use console::Progress;
 use pipeline::{
     Begin, Failure, FailureKind, MANIFEST_FILE, Override, Pipeline, PipelineError, Recipe,
-    RunOptions, Stage, StageContext, StageLock, StageReport, StageRun, StageState, list_source,
-    outputs, run_stage,
+    RunOptions, Stage, StageContext, StageLock, StageReport, StageRun, StageState, Task,
+    list_source, outputs, run_stage,
 };
 
 /// A workspace of three sprites with captions and a base, and what ran in it.
@@ -18,7 +18,7 @@ struct World {
     dir: tempfile::TempDir,
     data: PathBuf,
     overrides: Vec<Override>,
-    ran: RefCell<Vec<Stage>>,
+    ran: RefCell<Vec<Task>>,
 }
 
 impl World {
@@ -72,6 +72,7 @@ impl World {
                 self.dir.path().join("base").to_string_lossy().as_ref(),
             ),
             Override::new("ingest.source", self.data.to_string_lossy().as_ref()),
+            Override::new("evaluate.held_out", ""),
         ];
         overrides.extend(self.overrides.iter().cloned());
         let demo = include_str!("../../../configs/demo.toml");
@@ -91,28 +92,46 @@ impl World {
         self.state(stage).to_string()
     }
 
-    fn run(&self, stage: Stage, force: bool) -> Result<(StageReport, bool), Failure> {
+    fn run(&self, task: impl Into<Task>, force: bool) -> Result<(StageReport, bool), Failure> {
         run_stage(
             self.recipe(),
             &self.runs(),
-            stage,
+            task,
             options(),
             Progress::silent(),
             force,
             |context| {
-                self.ran.borrow_mut().push(context.stage);
+                self.ran.borrow_mut().push(context.report().task());
                 stand_in(context)
             },
         )
     }
 
-    /// Runs all stages; gives those that did any work.
-    fn run_all(&self) -> Vec<Stage> {
+    /// Holds a sprite out that looks like none of the others.
+    fn hold_out(&mut self) -> PathBuf {
+        let held_out = self.dir.path().join("held-out");
+        write(&held_out.join("d.png"), "pixels of d");
+        write(&held_out.join("d.txt"), "caption of d");
+        self.set(&format!("evaluate.held_out={}", held_out.display()));
+        held_out
+    }
+
+    /// Runs all tasks; gives those that did any work.
+    fn run_all_tasks(&self) -> Vec<String> {
         self.ran.borrow_mut().clear();
-        for stage in Stage::ALL {
-            self.run(stage, false).expect("runs");
+        for task in Task::all(&self.recipe()) {
+            self.run(task, false).expect("runs");
         }
-        self.ran.take()
+        self.ran.take().iter().map(ToString::to_string).collect()
+    }
+
+    /// The same of a recipe that holds nothing out.
+    fn run_all(&self) -> Vec<Stage> {
+        let names = self.run_all_tasks();
+        names
+            .iter()
+            .map(|name| name.parse().expect("a stage"))
+            .collect()
     }
 }
 
@@ -200,10 +219,11 @@ fn stand_in(context: &StageContext) -> Result<StageReport, Failure> {
         }
         Stage::Train => report.output(outputs::LORA, hash(own().chain(inputs()))),
         Stage::Sample => report.output(outputs::IMAGES, hash(own())),
+        Stage::Evaluate => report.output(outputs::REPORT, hash(own().chain(inputs()))),
     })
 }
 
-use Stage::{CacheLatents, EmbedText, Ingest, Sample, Train};
+use Stage::{CacheLatents, EmbedText, Evaluate, Ingest, Sample, Train};
 
 #[test]
 fn a_second_run_does_nothing() {
@@ -219,8 +239,13 @@ fn a_second_run_does_nothing() {
 fn before_the_first_run_only_ingest_can_be_told() {
     let world = World::new();
     assert_eq!(world.reasons(Ingest), "Dirty: no earlier run");
-    for stage in [EmbedText, CacheLatents, Train, Sample] {
-        assert_eq!(world.state(stage), StageState::Blocked { upstream: Ingest });
+    for stage in [EmbedText, CacheLatents, Train, Sample, Evaluate] {
+        assert_eq!(
+            world.state(stage),
+            StageState::Blocked {
+                upstream: Ingest.into()
+            }
+        );
     }
 }
 
@@ -269,7 +294,10 @@ fn editing_one_pixel_redoes_all_but_the_text() {
     world.run_all();
     write(&world.data.join("a.png"), "pixels of A");
     assert_eq!(world.reasons(Ingest), "Dirty: data file a.png changed");
-    assert_eq!(world.run_all(), [Ingest, CacheLatents, Train, Sample]);
+    assert_eq!(
+        world.run_all(),
+        [Ingest, CacheLatents, Train, Sample, Evaluate]
+    );
     assert_eq!(world.run_all(), []);
 }
 
@@ -286,7 +314,7 @@ fn editing_one_caption_redoes_all_but_the_latents() {
             .starts_with("Dirty: captions changed: ")
     );
     assert!(world.state(CacheLatents).is_fresh());
-    assert_eq!(world.run_all(), [EmbedText, Train, Sample]);
+    assert_eq!(world.run_all(), [EmbedText, Train, Sample, Evaluate]);
 }
 
 #[test]
@@ -295,7 +323,7 @@ fn swapping_two_captions_redoes_training_only() {
     world.run_all();
     write(&world.data.join("a.txt"), "caption of b");
     write(&world.data.join("b.txt"), "caption of a");
-    assert_eq!(world.run_all(), [Ingest, Train, Sample]);
+    assert_eq!(world.run_all(), [Ingest, Train, Sample, Evaluate]);
 }
 
 #[test]
@@ -307,7 +335,7 @@ fn changing_one_training_number_redoes_training_and_drawing() {
         world.reasons(Train),
         "Dirty: train.learning_rate changed: 0.001 -> 0.002"
     );
-    assert_eq!(world.run_all(), [Train, Sample]);
+    assert_eq!(world.run_all(), [Train, Sample, Evaluate]);
     // Back again: the earlier artifacts are still good.
     world.overrides.clear();
     assert_eq!(world.run_all(), []);
@@ -323,7 +351,7 @@ fn changing_the_vae_redoes_latents_and_what_follows() {
             .reasons(CacheLatents)
             .starts_with("Dirty: base's vae changed: ")
     );
-    assert_eq!(world.run_all(), [CacheLatents, Train, Sample]);
+    assert_eq!(world.run_all(), [CacheLatents, Train, Sample, Evaluate]);
 }
 
 #[test]
@@ -339,13 +367,14 @@ fn a_prompts_file_counts_by_its_content() {
             .reasons(Sample)
             .starts_with("Dirty: content of sample.prompts_file changed: ")
     );
-    assert_eq!(world.run_all(), [Sample]);
+    assert_eq!(world.run_all(), [Sample, Evaluate]);
 }
 
 #[test]
 fn without_the_trained_lora_drawing_waits_for_nothing() {
     let mut world = World::new();
     world.set("sample.use_trained_lora=false");
+    world.set("sample.compare_with_base=false");
     let (_, ran) = world.run(Sample, false).expect("runs");
     assert!(ran);
 }
@@ -377,7 +406,12 @@ fn an_interrupted_run_is_never_read() {
             .reasons(Train)
             .contains("interrupted run (no seal in ")
     );
-    assert_eq!(world.state(Sample), StageState::Blocked { upstream: Train });
+    assert_eq!(
+        world.state(Sample),
+        StageState::Blocked {
+            upstream: Train.into()
+        }
+    );
     assert_eq!(world.run_all(), [Train]);
 }
 
@@ -628,4 +662,113 @@ fn a_runs_path_that_is_a_file_is_bad_input() {
     write(&world.runs(), "a file");
     let failure = world.run(Ingest, false).expect_err("not writable");
     assert_eq!(failure.kind(), FailureKind::BadInput);
+}
+
+#[test]
+fn held_out_pictures_go_through_the_same_stages_before_the_training() {
+    let mut world = World::new();
+    world.hold_out();
+    assert_eq!(
+        world.run_all_tasks(),
+        [
+            "ingest",
+            "embed-text",
+            "cache-latents",
+            "ingest (held-out)",
+            "embed-text (held-out)",
+            "cache-latents (held-out)",
+            "train",
+            "sample",
+            "evaluate"
+        ]
+    );
+    assert_eq!(world.run_all_tasks(), Vec::<String>::new());
+    let state = world.look().state(Task::held_out(Ingest)).expect("a state");
+    assert!(state.is_fresh(), "{state}");
+}
+
+#[test]
+fn a_change_among_held_out_pictures_trains_and_draws_nothing() {
+    let mut world = World::new();
+    let held_out = world.hold_out();
+    world.run_all_tasks();
+    write(&held_out.join("d.png"), "pixels of D");
+    let reason = |task: Task| world.look().state(task).expect("a state").to_string();
+    assert_eq!(
+        reason(Task::held_out(Ingest)),
+        "Dirty: data file d.png changed"
+    );
+    assert_eq!(
+        reason(Evaluate.into()),
+        "Blocked: waits for ingest (held-out)"
+    );
+    assert_eq!(
+        world.run_all_tasks(),
+        ["ingest (held-out)", "cache-latents (held-out)", "evaluate"]
+    );
+}
+
+#[test]
+fn the_first_look_at_held_out_pictures_is_not_compared_with_the_training_set() {
+    let mut world = World::new();
+    world.run_all();
+    world.hold_out();
+    let mut look = world.look();
+    let state = look.state(Task::held_out(Ingest)).expect("a state");
+    assert_eq!(state.to_string(), "Dirty: no earlier run");
+    for stage in [Ingest, EmbedText, CacheLatents] {
+        world.run(Task::held_out(stage), false).expect("runs");
+    }
+    let reasons = world.reasons(Evaluate);
+    assert!(
+        reasons.contains("held_out.pairs changed: none -> "),
+        "{reasons}"
+    );
+}
+
+#[test]
+fn held_out_pictures_that_do_not_exist_are_named_by_their_own_key() {
+    let mut world = World::new();
+    world.set("evaluate.held_out=/nowhere");
+    let error = world
+        .look()
+        .state(Task::held_out(Ingest))
+        .expect_err("there is nothing");
+    assert_eq!(
+        error.to_string(),
+        "evaluate.held_out is /nowhere, which does not exist"
+    );
+    world.run(Ingest, false).expect("needs nothing held out");
+}
+
+#[test]
+fn evaluating_without_held_out_pictures_waits_for_the_drawing_alone() {
+    let mut world = World::new();
+    world.set("sample.use_trained_lora=false");
+    world.set("sample.compare_with_base=false");
+    world.run(Sample, false).expect("runs");
+    let (_, ran) = world.run(Evaluate, false).expect("runs");
+    assert!(ran);
+}
+
+#[test]
+fn the_held_out_set_is_prepared_along_with_the_evaluation() {
+    let mut world = World::new();
+    world.hold_out();
+    let recipe = world.recipe();
+    let names = |stages: &[Stage]| -> Vec<String> {
+        let tasks = Task::of_stages(stages, &recipe);
+        tasks.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(names(&[Ingest, EmbedText]), ["ingest", "embed-text"]);
+    assert_eq!(
+        names(&[Evaluate]),
+        [
+            "ingest (held-out)",
+            "embed-text (held-out)",
+            "cache-latents (held-out)",
+            "evaluate"
+        ]
+    );
+    assert_eq!(names(&Stage::ALL).len(), 9);
 }

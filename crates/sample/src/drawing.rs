@@ -12,7 +12,7 @@ use crate::denoise::{Denoising, TrueCfg, denoise};
 use crate::error::SampleError;
 use crate::parameters::{Parameters, Settings};
 use crate::pictures::{Picture, decode};
-use crate::plan::{Plan, Shot};
+use crate::plan::{Pass, Plan, Shot};
 use crate::stack::LoraStack;
 
 /// The noise that a picture starts from, as tokens `(1, n, 4·channels)`: a matter of its seed and number alone.
@@ -103,6 +103,7 @@ impl Drawing<'_> {
         &self,
         vae: &Autoencoder,
         latents: Vec<Tensor<3>>,
+        pass: Pass,
         settings: &Settings,
         context: &StageContext,
     ) -> Result<Vec<Picture>, SampleError> {
@@ -119,7 +120,8 @@ impl Drawing<'_> {
                     let index = pictures.len();
                     let shot = self.plan.shots[index];
                     let picture = Picture {
-                        file: self.plan.file_name(index),
+                        file: self.plan.file_name(index, pass),
+                        pass,
                         image,
                         parameters: Parameters {
                             prompt: self.plan.prompts[shot.prompt].clone(),

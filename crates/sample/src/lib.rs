@@ -1,14 +1,14 @@
-//! The last stage: prompts become pictures.
+//! Stage `sample`: prompts become pictures.
 //!
 //! ```text
 //! prompts ── Encoders::encode ──► Conditioning ─┐
-//! seed, number ── noise ──► tokens ─────────────┼─ denoise ──► tokens ── decode ──► PNGs, sheet.png, images.json
+//! seed, number ── noise ──► tokens ─────────────┼─ denoise ──► tokens ── decode ──► PNGs, sheets, images.json
 //! LoRAs ── LoraStack ──► Adapters ──────────────┘
 //! ```
 //!
 //! One model is in memory at a time: the text encoders are gone before the transformer is loaded, and the transformer
 //! before the VAE. A picture depends on its prompt, its seed and its number among the pictures of that seed, and not
-//! on what else is drawn in the run.
+//! on what else is drawn in the run. Where the recipe compares, each is drawn once more by the base alone.
 //!
 //! * [`plan`]: which pictures. * [`conditioning`]: texts. * [`stack`]: LoRAs. * [`denoise()`]: the loop.
 //! * [`pictures`]: pixels and files. * [`parameters`]: what a file says of its making.
@@ -43,7 +43,7 @@ pub use crate::denoise::{Denoising, TrueCfg, denoise};
 pub use crate::drawing::initial_noise;
 pub use crate::error::SampleError;
 pub use crate::pictures::{Picture, decode};
-pub use crate::plan::{Plan, PlanError, Shot};
+pub use crate::plan::{Pass, Plan, PlanError, Shot};
 pub use crate::stack::{LoraChoice, LoraStack};
 
 use crate::base::Base;
@@ -100,18 +100,36 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
         device: &device,
     };
     let latents = drawing.denoise_all(&model, &stack, context);
+    let base_latents = recipe
+        .compare_with_base
+        .then(|| drawing.denoise_all(&model, &LoraStack::none(), context));
     drop(model);
 
     let vae = Autoencoder::open(&context.weights_dir(WeightPart::Vae), &device, precision)?;
     let settings = settings(context, &base, &plan, &stack);
-    let pictures = drawing.finish(&vae, latents, &settings, context)?;
+    let mut pictures = drawing.finish(&vae, latents, Pass::WithLoras, &settings, context)?;
     pictures::write_sheet(
         &context.path(files::SHEET),
         &pictures,
         recipe.sheet_columns,
         recipe.sheet_magnify,
     )?;
-    pictures::write_index(&context.path(pictures::INDEX_FILE), &settings, &pictures)?;
+    if let Some(latents) = base_latents {
+        let base_settings = Settings {
+            loras: vec![],
+            ..settings.clone()
+        };
+        let before = drawing.finish(&vae, latents, Pass::BaseAlone, &base_settings, context)?;
+        pictures::write_comparison(
+            &context.path(files::COMPARISON_SHEET),
+            &before,
+            &pictures,
+            recipe.sheet_columns,
+            recipe.sheet_magnify,
+        )?;
+        pictures.extend(before);
+    }
+    pictures::write_index(&context.path(files::IMAGES), &settings, &pictures)?;
 
     let mut report = context
         .report()

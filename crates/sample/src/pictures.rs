@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::path::Path;
 
-use artifacts::{Digest, Hasher, write_atomically};
+use artifacts::{Digest, Hasher, ImageEntry, write_atomically};
 use autoencoder::{Autoencoder, pixels};
 use pixel_art::{Rgb8, Rgba8, SheetEntry, SheetStyle, contact_sheet, encode_png_rgb};
 use serde::{Deserialize, Serialize};
@@ -11,9 +11,7 @@ use tensor::Tensor;
 
 use crate::error::SampleError;
 use crate::parameters::{JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, Settings};
-
-/// The index of a run's pictures.
-pub const INDEX_FILE: &str = "images.json";
+use crate::plan::Pass;
 
 /// Space between the pictures of a sheet.
 const SHEET_GAP_PX: u32 = 8;
@@ -44,6 +42,8 @@ pub fn decode(vae: &Autoencoder, tokens: Tensor<3>, latent_cells: [usize; 2]) ->
 pub struct Picture {
     /// Its file's name.
     pub file: String,
+    /// Whether LoRAs had a part in it.
+    pub pass: Pass,
     /// Its pixels.
     pub image: Rgb8,
     /// How it was made.
@@ -53,25 +53,10 @@ pub struct Picture {
 /// `images.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Index {
-    /// What all pictures have in common.
+    /// What all pictures have in common (pictures of the base alone lack the LoRAs).
     pub settings: Settings,
-    /// The pictures in the order of their numbers.
-    pub images: Vec<IndexEntry>,
-}
-
-/// One picture of the index.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct IndexEntry {
-    /// Its file, beside the index.
-    pub file: String,
-    /// The prompt.
-    pub prompt: String,
-    /// The seed.
-    pub seed: u64,
-    /// Number of the picture among those of one prompt and seed.
-    pub image: u32,
-    /// BLAKE3 of its pixels, `(h w 3)`.
-    pub pixels: String,
+    /// The pictures in the order of their numbers; those of the base alone last.
+    pub images: Vec<ImageEntry>,
 }
 
 impl Picture {
@@ -110,21 +95,67 @@ pub fn write_sheet(
     columns: u32,
     magnify: u32,
 ) -> Result<(), SampleError> {
-    let several_seeds = pictures
+    let several = several_seeds(pictures);
+    let cells = pictures
         .iter()
-        .any(|picture| picture.parameters.seed != pictures[0].parameters.seed);
-    let cells: Vec<(Rgba8, String)> = pictures
+        .map(|picture| (picture.image.clone().into_rgba(), label(picture, several)))
+        .collect();
+    write_cells(path, cells, columns, magnify)
+}
+
+/// Writes the base's pictures and those with LoRAs side by side, pair by pair. As many pairs stand in a row as fit into
+/// `columns` pictures, at least one.
+///
+/// # Errors
+///
+/// If the directory or the disk refuses.
+///
+/// # Panics
+///
+/// If there are no pictures or not as many of each, or `magnify` is 0.
+pub fn write_comparison(
+    path: &Path,
+    before: &[Picture],
+    after: &[Picture],
+    columns: u32,
+    magnify: u32,
+) -> Result<(), SampleError> {
+    assert_eq!(before.len(), after.len(), "pictures before and after");
+    let several = several_seeds(after);
+    let cells = before
         .iter()
-        .map(|picture| {
-            let parameters = &picture.parameters;
-            let label = if several_seeds {
-                format!("s{} {}", parameters.seed, parameters.prompt)
-            } else {
-                parameters.prompt.clone()
-            };
-            (picture.image.clone().into_rgba(), label)
+        .zip(after)
+        .flat_map(|pair| {
+            [("BASE", pair.0), ("LORA", pair.1)].map(|(side, picture)| {
+                let label = format!("{side} {}", label(picture, several));
+                (picture.image.clone().into_rgba(), label)
+            })
         })
         .collect();
+    write_cells(path, cells, (columns / 2).max(1) * 2, magnify)
+}
+
+fn several_seeds(pictures: &[Picture]) -> bool {
+    pictures
+        .iter()
+        .any(|picture| picture.parameters.seed != pictures[0].parameters.seed)
+}
+
+fn label(picture: &Picture, with_seed: bool) -> String {
+    let parameters = &picture.parameters;
+    if with_seed {
+        format!("s{} {}", parameters.seed, parameters.prompt)
+    } else {
+        parameters.prompt.clone()
+    }
+}
+
+fn write_cells(
+    path: &Path,
+    cells: Vec<(Rgba8, String)>,
+    columns: u32,
+    magnify: u32,
+) -> Result<(), SampleError> {
     let entries: Vec<SheetEntry> = cells
         .iter()
         .map(|(picture, label)| SheetEntry { picture, label })
@@ -154,11 +185,12 @@ pub fn write_index(
         settings: settings.clone(),
         images: pictures
             .iter()
-            .map(|picture| IndexEntry {
+            .map(|picture| ImageEntry {
                 file: picture.file.clone(),
                 prompt: picture.parameters.prompt.clone(),
                 seed: picture.parameters.seed,
                 image: picture.parameters.image,
+                without_loras: picture.pass == Pass::BaseAlone,
                 pixels: picture.digest().to_string(),
             })
             .collect(),
@@ -203,6 +235,7 @@ mod tests {
         parameters.seed = seed;
         Picture {
             file: format!("0000-a-knight-s{seed}.png"),
+            pass: Pass::WithLoras,
             image: Rgb8::filled(64, 96, [10, 20, seed as u8]),
             parameters,
         }
@@ -240,13 +273,35 @@ mod tests {
     fn the_index_lists_every_picture_once() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let pictures = [picture(1), picture(2)];
-        let path = dir.path().join(INDEX_FILE);
+        let path = dir.path().join("images.json");
         write_index(&path, &pictures[0].parameters.settings, &pictures).expect("written");
         let index: Index =
             serde_json::from_slice(&fs_err::read(&path).expect("there")).expect("JSON");
         let seeds: Vec<u64> = index.images.iter().map(|entry| entry.seed).collect();
         assert_eq!(seeds, [1, 2]);
         assert_ne!(index.images[0].pixels, index.images[1].pixels);
+    }
+
+    #[test]
+    fn a_comparison_sheet_has_whole_pairs_in_its_rows() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("pairs.png");
+        let (before, after) = ([picture(1), picture(2)], [picture(3), picture(4)]);
+        write_comparison(&path, &before, &after, 3, 1).expect("written");
+        let limits = pixel_art::Limits {
+            max_pixels: 1 << 20,
+        };
+        let bytes = fs_err::read(&path).expect("there");
+        let sheet = pixel_art::decode(&bytes, &limits).expect("a PNG").picture;
+        assert_eq!(sheet.width_px, 2 * 64 + 3 * SHEET_GAP_PX);
+        let sheet = sheet.drop_alpha();
+        let second_row = (sheet.height_px + SHEET_GAP_PX) / 2;
+        assert_eq!(sheet.pixel(SHEET_GAP_PX, SHEET_GAP_PX), [10, 20, 1]);
+        assert_eq!(
+            sheet.pixel(2 * SHEET_GAP_PX + 64, SHEET_GAP_PX),
+            [10, 20, 3]
+        );
+        assert_eq!(sheet.pixel(SHEET_GAP_PX, second_row), [10, 20, 2]);
     }
 
     #[test]

@@ -37,6 +37,16 @@ pub struct Shot {
     pub image: u32,
 }
 
+/// Every shot is drawn with the recipe's LoRAs (of which there may be none), and once more without them where the
+/// recipe compares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// With all LoRAs of the recipe.
+    WithLoras,
+    /// Without any, for comparison.
+    BaseAlone,
+}
+
 /// All pictures of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -82,11 +92,15 @@ impl Plan {
         })
     }
 
-    /// The file of picture number `index`: `0000-<prompt>-s<seed>.png`.
-    pub fn file_name(&self, index: usize) -> String {
+    /// The file of picture number `index`: `0000-<prompt>-s<seed>.png`, and `…-base.png` without LoRAs.
+    pub fn file_name(&self, index: usize, pass: Pass) -> String {
         let shot = self.shots[index];
         let slug = slug(&self.prompts[shot.prompt]);
-        format!("{index:04}-{slug}-s{}.png", shot.seed)
+        let suffix = match pass {
+            Pass::WithLoras => "",
+            Pass::BaseAlone => "-base",
+        };
+        format!("{index:04}-{slug}-s{}{suffix}.png", shot.seed)
     }
 
     /// Every text that must be encoded, each once: the prompts, then the negative prompt.
@@ -156,7 +170,8 @@ mod tests {
             shots[..5],
             [(0, 5, 0), (0, 5, 1), (0, 3, 0), (0, 3, 1), (1, 5, 0)]
         );
-        assert_eq!(plan.file_name(4), "0004-b-s5.png");
+        assert_eq!(plan.file_name(4, Pass::WithLoras), "0004-b-s5.png");
+        assert_eq!(plan.file_name(4, Pass::BaseAlone), "0004-b-s5-base.png");
     }
 
     #[test]

@@ -56,6 +56,15 @@ pub struct LoraStack {
 }
 
 impl LoraStack {
+    /// No LoRAs: the base alone.
+    pub fn none() -> Self {
+        Self {
+            files: Vec::new(),
+            uses: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
     /// Reads the files and checks them against the transformer's layers.
     ///
     /// # Errors
@@ -67,11 +76,7 @@ impl LoraStack {
             .into_iter()
             .map(|layer| Target::new(layer.path, layer.in_features, layer.out_features))
             .collect();
-        let mut stack = Self {
-            files: Vec::new(),
-            uses: Vec::new(),
-            notes: Vec::new(),
-        };
+        let mut stack = Self::none();
         for choice in choices {
             let file = LoraFile::read(&choice.path, &targets)?;
             if file.alpha_source == AlphaSource::AssumedRank {

@@ -22,6 +22,7 @@ pub(crate) fn recipe() -> SampleRecipe {
         use_trained_lora: false,
         lora_scale: 1.0,
         loras: vec![],
+        compare_with_base: false,
         sheet_columns: 4,
         sheet_magnify: 1,
     }

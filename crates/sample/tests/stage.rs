@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use artifacts::{Dtype, TensorToWrite, write_safetensors};
 use pipeline::recipe::{LongText, LoraChoice, Recipe};
 use pipeline::{
-    FailureKind, RunOptions, Stage, StageContext, StageError as _, StageReport, WeightPart,
+    DataSet, FailureKind, RunOptions, Stage, StageContext, StageError as _, StageReport, WeightPart,
 };
 use sample::SampleError;
 use serde_json::json;
@@ -41,6 +41,7 @@ impl Workshop {
         sample.steps = 2;
         (sample.width_px, sample.height_px) = (32, 48);
         sample.use_trained_lora = false;
+        sample.compare_with_base = false;
         sample.t5_tokens = 16;
         recipe
     }
@@ -55,6 +56,7 @@ impl Workshop {
         fs_err::create_dir_all(&dir).expect("made");
         sample::run(&StageContext {
             stage: Stage::Sample,
+            data: DataSet::Training,
             recipe: recipe.clone(),
             runs: self.path("runs"),
             dir,
@@ -179,6 +181,44 @@ fn a_run_leaves_a_picture_for_every_prompt_and_seed_a_sheet_and_an_index() {
     assert_eq!(report.counts["images"], 4);
     let notes = report.notes.join("\n");
     assert!(notes.contains("these pictures are noise"), "{notes}");
+}
+
+#[test]
+fn a_comparison_draws_each_picture_once_more_by_the_base_alone() {
+    let workshop = Workshop::new();
+    let mut recipe = workshop.recipe();
+    workshop.draw("plain", &recipe);
+    let module = "transformer_blocks.0.attn.to_v";
+    recipe.sample.loras = vec![workshop.lora("cape.safetensors", module, 0.3)];
+    recipe.sample.compare_with_base = true;
+    let report = workshop.draw("compared", &recipe);
+    assert_eq!(report.counts["images"], 2);
+    let (plain, compared) = (
+        files(&workshop.path("plain")),
+        files(&workshop.path("compared")),
+    );
+    let names: Vec<&str> = compared.keys().map(String::as_str).collect();
+    assert_eq!(
+        names,
+        [
+            "0000-a-red-knight-s1-base.png",
+            "0000-a-red-knight-s1.png",
+            "before-after.png",
+            "images.json",
+            "sheet.png",
+        ]
+    );
+    assert!(
+        compared["0000-a-red-knight-s1-base.png"] == plain["0000-a-red-knight-s1.png"],
+        "without LoRAs it is the base's own picture"
+    );
+    let images =
+        artifacts::images::read(&workshop.path("compared/images.json")).expect("the index");
+    assert_eq!(
+        images.iter().map(|i| i.without_loras).collect::<Vec<_>>(),
+        [false, true]
+    );
+    assert_ne!(images[0].pixels, images[1].pixels);
 }
 
 #[test]

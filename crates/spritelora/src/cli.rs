@@ -20,15 +20,17 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Read images and captions into tables
-    Ingest(StageOptions),
+    Ingest(PreparationOptions),
     /// Encode captions with T5 and CLIP
-    EmbedText(StageOptions),
+    EmbedText(PreparationOptions),
     /// Encode images with the VAE
-    CacheLatents(StageOptions),
+    CacheLatents(PreparationOptions),
     /// Train the LoRA
     Train(StageOptions),
     /// Draw pictures
     Sample(StageOptions),
+    /// Measure the LoRA on pictures held out, and what the drawn pictures show
+    Evaluate(StageOptions),
     /// Write a small untrained base, to try the pipeline on
     RandomBase(RandomBaseOptions),
     /// Train a small base from scratch
@@ -92,6 +94,17 @@ pub struct RandomBaseOptions {
     /// Directory with the published tokenizers' files in clip/ and t5/
     #[arg(long, value_name = "DIR")]
     pub tokenizers: PathBuf,
+}
+
+/// Options of the stages that prepare pictures.
+#[derive(Clone, Debug, Args)]
+pub struct PreparationOptions {
+    /// Options of every stage.
+    #[command(flatten)]
+    pub stage: StageOptions,
+    /// Work on the pictures of evaluate.held_out instead of those of ingest.source
+    #[arg(long)]
+    pub held_out: bool,
 }
 
 /// Options of every stage.

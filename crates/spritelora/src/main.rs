@@ -16,8 +16,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{Cli, Command};
-use pipeline::Stage;
+use cli::{Cli, Command, PreparationOptions};
+use pipeline::{DataSet, Stage, Task};
 
 /// Exit code of a bug: the work failed.
 const FAILED: u8 = 1;
@@ -31,13 +31,23 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> u8 {
     match command {
-        Command::Ingest(options) => stage::run(Stage::Ingest, &options),
-        Command::EmbedText(options) => stage::run(Stage::EmbedText, &options),
-        Command::CacheLatents(options) => stage::run(Stage::CacheLatents, &options),
-        Command::Train(options) => stage::run(Stage::Train, &options),
-        Command::Sample(options) => stage::run(Stage::Sample, &options),
+        Command::Ingest(options) => prepare(Stage::Ingest, &options),
+        Command::EmbedText(options) => prepare(Stage::EmbedText, &options),
+        Command::CacheLatents(options) => prepare(Stage::CacheLatents, &options),
+        Command::Train(options) => stage::run(Stage::Train.into(), &options),
+        Command::Sample(options) => stage::run(Stage::Sample.into(), &options),
+        Command::Evaluate(options) => stage::run(Stage::Evaluate.into(), &options),
         Command::RandomBase(options) => untrained::run(&options),
         Command::Pretrain(options) => pretraining::run(&options),
         Command::Parity(options) => parity::run(&options.fixtures, options.json).exit_code(),
     }
+}
+
+fn prepare(stage: Stage, options: &PreparationOptions) -> u8 {
+    let data = if options.held_out {
+        DataSet::HeldOut
+    } else {
+        DataSet::Training
+    };
+    stage::run(Task { stage, data }, &options.stage)
 }

@@ -2,15 +2,17 @@
 
 use console::{Progress, human_seconds, print_document, print_line, shown_path};
 use pipeline::{
-    Failure, Recipe, RunOptions, Stage, StageContext, StageReport, file_timestamp, run_stage,
+    DataSet, Failure, Recipe, RunOptions, Stage, StageContext, StageReport, Task, file_timestamp,
+    run_stage,
 };
 use serde_json::json;
 
 use crate::cli::StageOptions;
 
 /// Runs a stage unless it is fresh; gives the exit code.
-pub fn run(stage: Stage, options: &StageOptions) -> u8 {
-    match try_run(stage, options) {
+pub fn run(task: Task, options: &StageOptions) -> u8 {
+    let stage = task.stage;
+    match try_run(task, options) {
         Ok((report, ran)) => {
             if options.json {
                 print_document(&json!({ "stage": stage, "ran": ran, "report": report }));
@@ -31,8 +33,15 @@ pub fn run(stage: Stage, options: &StageOptions) -> u8 {
     }
 }
 
-fn try_run(stage: Stage, options: &StageOptions) -> Result<(StageReport, bool), Failure> {
+fn try_run(task: Task, options: &StageOptions) -> Result<(StageReport, bool), Failure> {
+    let stage = task.stage;
     let recipe = Recipe::load(&options.recipe, &options.set)?;
+    if task.data == DataSet::HeldOut && recipe.evaluate.held_out.is_none() {
+        return Err(Failure::bad_input(
+            "--held-out was given, and this recipe holds no pictures out",
+        )
+        .with_help("set evaluate.held_out"));
+    }
     let log = options
         .runs
         .join("logs")
@@ -42,7 +51,7 @@ fn try_run(stage: Stage, options: &StageOptions) -> Result<(StageReport, bool), 
             .with_help("choose a directory that you may write to with --runs DIR")
     })?;
     tracing::info!(
-        %stage,
+        %task,
         recipe = %options.recipe.display(),
         set = ?options.set.iter().map(ToString::to_string).collect::<Vec<_>>(),
         device = options.device,
@@ -65,7 +74,7 @@ fn try_run(stage: Stage, options: &StageOptions) -> Result<(StageReport, bool), 
     run_stage(
         recipe,
         &options.runs,
-        stage,
+        task,
         run_options,
         Progress::stderr(),
         options.force,
@@ -90,14 +99,15 @@ fn work(stage: Stage, context: &StageContext) -> Result<StageReport, Failure> {
         Stage::CacheLatents => Ok(cache_latents::run(context)?),
         Stage::Train => Ok(train::run(context)?),
         Stage::Sample => Ok(sample::run(context)?),
+        Stage::Evaluate => Ok(evaluate::run(context)?),
     }
 }
 
 /// The report in words.
 fn tell(report: &StageReport, ran: bool) {
-    let stage = report.stage;
+    let task = report.task();
     if !ran {
-        print_line(&format!("{stage}: Fresh ({})", shown_path(&report.dir)));
+        print_line(&format!("{task}: Fresh ({})", shown_path(&report.dir)));
         return;
     }
     let counts: Vec<String> = report
@@ -111,11 +121,11 @@ fn tell(report: &StageReport, ran: bool) {
         format!(": {}", counts.join(", "))
     };
     print_line(&format!(
-        "{stage}: done in {} ({}){counts}",
+        "{task}: done in {} ({}){counts}",
         human_seconds(report.seconds),
         shown_path(&report.dir)
     ));
     for note in &report.notes {
-        print_line(&format!("{stage}: {note}"));
+        print_line(&format!("{task}: {note}"));
     }
 }

@@ -8,7 +8,13 @@ use crate::recipe::Recipe;
 use crate::stage::Stage;
 
 /// Fields that hold paths: where something lies decides nothing, what lies there is digested apart.
-const PATHS: [&str; 4] = ["source", "public_embeddings", "prompts_file", "path"];
+const PATHS: [&str; 5] = [
+    "source",
+    "public_embeddings",
+    "prompts_file",
+    "path",
+    "held_out",
+];
 
 impl Recipe {
     /// The stage's section, e.g. `recipe.train.learning_rate` → `0.0001`, without paths.
@@ -21,6 +27,7 @@ impl Recipe {
             Stage::CacheLatents => serde_json::to_value(&self.cache_latents),
             Stage::Train => serde_json::to_value(&self.train),
             Stage::Sample => serde_json::to_value(&self.sample),
+            Stage::Evaluate => serde_json::to_value(&self.evaluate),
         }
         .expect("a recipe that was read from text can be written as JSON");
         let mut flat = BTreeMap::new();
@@ -87,6 +94,7 @@ mod tests {
             (Stage::Ingest, "ingest.source=/elsewhere"),
             (Stage::EmbedText, "embed_text.public_embeddings=/e.parquet"),
             (Stage::Sample, "sample.prompts_file=/p.txt"),
+            (Stage::Evaluate, "evaluate.held_out=/elsewhere"),
         ] {
             assert_eq!(
                 flattened(stage, &[]),

@@ -150,6 +150,7 @@ impl Recipe {
             .iter_mut()
             .for_each(resolve);
         self.sample.prompts_file.iter_mut().for_each(resolve);
+        self.evaluate.held_out.iter_mut().for_each(resolve);
         self.sample
             .loras
             .iter_mut()

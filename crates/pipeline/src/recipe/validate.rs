@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::recipe::{
-    CacheLatentsRecipe, Crop, EmbedTextRecipe, IngestRecipe, Recipe, SampleRecipe, Schedule,
-    TrainRecipe,
+    CacheLatentsRecipe, Crop, EmbedTextRecipe, EvaluateRecipe, IngestRecipe, Recipe, SampleRecipe,
+    Schedule, TrainRecipe,
 };
 
 /// A field and what is wrong with it.
@@ -86,6 +86,7 @@ impl Recipe {
         cache_latents(&mut complaints, &self.cache_latents);
         train(&mut complaints, &self.train);
         sample(&mut complaints, &self.sample);
+        evaluate(&mut complaints, &self.evaluate);
         complaints.0
     }
 }
@@ -236,8 +237,66 @@ fn sample(complaints: &mut Complaints, recipe: &SampleRecipe) {
     for lora in &recipe.loras {
         complaints.finite("sample.loras", lora.scale);
     }
+    complaints.unless(
+        !recipe.compare_with_base || recipe.use_trained_lora || !recipe.loras.is_empty(),
+        "sample.compare_with_base",
+        "is true, but no LoRA is applied: the same pictures would be drawn twice",
+    );
     complaints.at_least("sample.sheet_columns", recipe.sheet_columns.into(), 1);
     complaints.at_least("sample.sheet_magnify", recipe.sheet_magnify.into(), 1);
+}
+
+fn evaluate(complaints: &mut Complaints, recipe: &EvaluateRecipe) {
+    complaints.unless(
+        recipe.held_out.is_none() || !recipe.sigmas.is_empty(),
+        "evaluate.sigmas",
+        "is empty: no loss of the held-out pictures could be measured",
+    );
+    for sigma in &recipe.sigmas {
+        complaints.unless(
+            *sigma > 0.0 && *sigma <= 1.0,
+            "evaluate.sigmas",
+            format!("holds {sigma}; a noise level is above 0 and at most 1"),
+        );
+    }
+    let mut sigmas = recipe.sigmas.clone();
+    sigmas.sort_by(f64::total_cmp);
+    sigmas.dedup();
+    complaints.unless(
+        sigmas.len() == recipe.sigmas.len(),
+        "evaluate.sigmas",
+        "names a noise level twice",
+    );
+    complaints.at_least("evaluate.draws", recipe.draws.into(), 1);
+    complaints.at_least("evaluate.resamples", recipe.resamples.into(), 1);
+    complaints.at_least("evaluate.permutations", recipe.permutations.into(), 1);
+    let share = recipe.visible_share;
+    complaints.unless(
+        share > 0.0 && share <= 1.0,
+        "evaluate.visible_share",
+        format!("is {share}; a share is above 0 and at most 1"),
+    );
+    let mut named: BTreeSet<&str> = BTreeSet::new();
+    for (key, words) in [
+        ("evaluate.head_words", &recipe.head_words),
+        ("evaluate.torso_words", &recipe.torso_words),
+        ("evaluate.legs_words", &recipe.legs_words),
+        ("evaluate.feet_words", &recipe.feet_words),
+    ] {
+        for word in words {
+            let is_word = !word.is_empty() && word.chars().all(|c| c.is_lowercase() || c == '-');
+            complaints.unless(
+                is_word,
+                key,
+                format!("holds {word:?}; single lower-case words are compared"),
+            );
+            complaints.unless(
+                named.insert(word),
+                key,
+                format!("holds {word:?}, which is named already"),
+            );
+        }
+    }
 }
 
 fn distinct<T: Ord>(values: &[T]) -> bool {
@@ -291,6 +350,43 @@ mod tests {
                 "cache_latents.flip_probability=0.0"
             ]),
             ["cache_latents.views"]
+        );
+    }
+
+    #[test]
+    fn a_comparison_needs_something_to_compare() {
+        let changes = [
+            "sample.compare_with_base=true",
+            "sample.use_trained_lora=false",
+        ];
+        assert_eq!(complaint_keys(&changes), ["sample.compare_with_base"]);
+    }
+
+    #[test]
+    fn noise_levels_and_words_of_the_evaluation_are_checked() {
+        assert_eq!(
+            complaint_keys(&["evaluate.sigmas=[0.5, 0.0]"]),
+            ["evaluate.sigmas"]
+        );
+        assert_eq!(
+            complaint_keys(&["evaluate.sigmas=[0.5, 0.5]"]),
+            ["evaluate.sigmas"]
+        );
+        assert_eq!(complaint_keys(&["evaluate.sigmas=[]"]), ["evaluate.sigmas"]);
+        assert_eq!(
+            complaint_keys(&["evaluate.sigmas=[]", "evaluate.held_out=\"\""]),
+            Vec::<&str>::new()
+        );
+        assert_eq!(
+            complaint_keys(&[
+                "evaluate.head_words=[\"hair\"]",
+                "evaluate.feet_words=[\"hair\"]"
+            ]),
+            ["evaluate.feet_words"]
+        );
+        assert_eq!(
+            complaint_keys(&["evaluate.head_words=[\"Wizard hat\"]"]),
+            ["evaluate.head_words"]
         );
     }
 

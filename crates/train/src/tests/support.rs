@@ -13,8 +13,8 @@ use half::f16;
 use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
 use pipeline::recipe::Recipe;
 use pipeline::{
-    Artifact, Fingerprint, Manifest, RunOptions, Stage, StageContext, StageReport, WeightPart,
-    files,
+    Artifact, DataSet, Fingerprint, Manifest, RunOptions, Stage, StageContext, StageReport,
+    WeightPart, files,
 };
 use serde_json::json;
 use tensor::{Precision, device};
@@ -278,10 +278,11 @@ impl World {
         };
         StageContext {
             stage: Stage::Train,
+            data: DataSet::Training,
             recipe,
             runs: self.root.path().to_owned(),
             dir: self.path(dir),
-            inputs: inputs.map(|stage| (stage, artifact(stage))).into(),
+            inputs: inputs.map(|stage| (stage.into(), artifact(stage))).into(),
             components: WeightPart::ALL
                 .map(|part| (format!("weights.{}", part.name()), digest(part).to_string()))
                 .into(),
@@ -310,6 +311,7 @@ fn manifest(stage: Stage) -> Manifest {
         program_version: String::new(),
         report: StageReport {
             stage,
+            data: DataSet::Training,
             dir: PathBuf::new(),
             seconds: 0.0,
             counts: BTreeMap::new(),
