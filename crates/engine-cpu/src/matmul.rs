@@ -198,7 +198,8 @@ impl Product<'_> {
             let rows: [&[f32]; MR] = std::array::from_fn(|i| {
                 &left.values[(first_row + i).min(last_row) * left.stride..][..right.depth]
             });
-            multiply::<S, MR, NV>(rows, steps, &mut sums);
+            // In and out by value: behind a reference, every sum would be stored at every step.
+            sums = multiply::<S, MR, NV>(rows, steps, sums);
         }
         let first_column = panel * PANEL;
         let width = PANEL.min(self.columns - first_column);
@@ -247,8 +248,8 @@ fn add(out: &mut [f32], values: &[f32]) {
 fn multiply<S: Simd, const MR: usize, const NV: usize>(
     rows: [&[f32]; MR],
     steps: &[Vector<S, f32>],
-    sums: &mut [[Vector<S, f32>; NV]; MR],
-) {
+    mut sums: [[Vector<S, f32>; NV]; MR],
+) -> [[Vector<S, f32>; NV]; MR] {
     let (steps, _) = steps.as_chunks::<NV>();
     let (fours, rest) = steps.as_chunks::<UNROLL>();
     for (n, four) in fours.iter().enumerate() {
@@ -275,6 +276,7 @@ fn multiply<S: Simd, const MR: usize, const NV: usize>(
             }
         }
     }
+    sums
 }
 
 #[cfg(test)]
