@@ -70,6 +70,9 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: String,
+    /// What executes the transformer in train and sample: auto, portable or cpu
+    #[arg(long, default_value = "auto", value_parser = ["auto", "portable", "cpu"])]
+    pub engine: String,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "COUNT")]
     pub threads: Option<NonZeroUsize>,

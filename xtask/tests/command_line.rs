@@ -80,6 +80,7 @@ impl World {
                 Recipe::load(&self.path("configs/demo.toml"), overrides).expect("a recipe");
             let options = RunOptions {
                 device: "cpu".into(),
+                engine: "auto".into(),
                 threads: None,
                 batch: None,
                 json: false,

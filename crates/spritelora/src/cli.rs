@@ -3,7 +3,8 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::EngineName;
 use pipeline::Override;
 use random_base::Preset;
 
@@ -72,9 +73,31 @@ pub struct ParityOptions {
     /// Directory with cases.json, as the oracle's make_fixtures.py writes it
     #[arg(long, value_name = "DIR")]
     pub fixtures: PathBuf,
+    /// What executes the transformer
+    #[arg(long, value_enum, default_value_t = ParityEngine::Portable)]
+    pub engine: ParityEngine,
     /// Print one JSON document on stdout, and nothing else there
     #[arg(long)]
     pub json: bool,
+}
+
+/// Engines that `parity` can look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ParityEngine {
+    /// mmdit in Burn
+    Portable,
+    /// engine-cpu
+    Cpu,
+}
+
+impl ParityEngine {
+    /// The engine.
+    pub fn name(self) -> EngineName {
+        match self {
+            Self::Portable => EngineName::Portable,
+            Self::Cpu => EngineName::Cpu,
+        }
+    }
 }
 
 /// Options of `random-base`.
@@ -115,6 +138,9 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// What executes the transformer in train and sample: auto, portable or cpu
+    #[arg(long, default_value = "auto")]
+    pub engine: String,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "COUNT")]
     pub threads: Option<NonZeroUsize>,

@@ -38,6 +38,8 @@ fn run(command: Command) -> u8 {
         Command::Sample(options) => stage::run(Stage::Sample, &options),
         Command::RandomBase(options) => untrained::run(&options),
         Command::Pretrain(options) => pretraining::run(&options),
-        Command::Parity(options) => parity::run(&options.fixtures, options.json).exit_code(),
+        Command::Parity(options) => {
+            parity::run(&options.fixtures, options.engine.name(), options.json).exit_code()
+        }
     }
 }

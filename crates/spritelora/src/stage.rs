@@ -58,6 +58,7 @@ fn try_run(stage: Stage, options: &StageOptions) -> Result<(StageReport, bool), 
     }
     let run_options = RunOptions {
         device: options.device.clone(),
+        engine: options.engine.clone(),
         threads: options.threads.map(Into::into),
         batch: options.batch.map(Into::into),
         json: options.json,
