@@ -26,6 +26,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("train", 6),
     ("sample", 6),
     ("random-base", 6),
+    ("bench", 7),
     ("parity", 7),
     ("pretrain", 7),
     ("spritelora", 8),

@@ -39,6 +39,9 @@ pub enum Command {
     /// Compare with reference values from the Python stack
     #[command(disable_help_flag = true)]
     Parity(PassedOn),
+    /// Measure how fast the transformer is
+    #[command(disable_help_flag = true)]
+    Bench(PassedOn),
     /// Write a small untrained base model
     #[command(disable_help_flag = true)]
     RandomBase(PassedOn),

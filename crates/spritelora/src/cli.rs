@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use bench::CpuBench;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::EngineName;
 use pipeline::Override;
@@ -36,6 +37,9 @@ pub enum Command {
     Pretrain(PretrainOptions),
     /// Compare with reference values from the Python stack
     Parity(ParityOptions),
+    /// Measure how fast the transformer is
+    #[command(subcommand)]
+    Bench(Bench),
 }
 
 /// Options of `pretrain`.
@@ -79,6 +83,50 @@ pub struct ParityOptions {
     /// Print one JSON document on stdout, and nothing else there
     #[arg(long)]
     pub json: bool,
+}
+
+/// What `bench` measures.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// A training step and a sampling step of the base `small` on the CPU
+    Cpu(CpuBenchOptions),
+}
+
+/// Options of `bench cpu`.
+#[derive(Clone, Debug, Args)]
+pub struct CpuBenchOptions {
+    /// Measure PyTorch too, with this interpreter (it needs torch, diffusers and peft)
+    #[arg(long, value_name = "FILE")]
+    pub python: Option<PathBuf>,
+    /// PyTorch's side of it
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "docs/benchmarks/cpu_step.py"
+    )]
+    pub script: PathBuf,
+    /// Steps of each kind
+    #[arg(long, value_name = "COUNT", default_value_t = 20)]
+    pub repeats: usize,
+    /// Measure the portable engine too
+    #[arg(long)]
+    pub portable: bool,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl CpuBenchOptions {
+    /// What to measure.
+    pub fn measurement(self) -> CpuBench {
+        CpuBench {
+            python: self.python,
+            script: self.script,
+            repeats: self.repeats,
+            portable: self.portable,
+            json: self.json,
+        }
+    }
 }
 
 /// Engines that `parity` can look at.

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{Cli, Command};
+use cli::{Bench, Cli, Command};
 use pipeline::Stage;
 
 /// Exit code of a bug: the work failed.
@@ -38,6 +38,7 @@ fn run(command: Command) -> u8 {
         Command::Sample(options) => stage::run(Stage::Sample, &options),
         Command::RandomBase(options) => untrained::run(&options),
         Command::Pretrain(options) => pretraining::run(&options),
+        Command::Bench(Bench::Cpu(options)) => bench::run(&options.measurement()),
         Command::Parity(options) => {
             parity::run(&options.fixtures, options.engine.name(), options.json).exit_code()
         }
