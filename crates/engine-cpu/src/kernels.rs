@@ -137,8 +137,8 @@ vectorized! {
             let normed = |i: usize| (x[i] - mean) * scale;
             let mean_slope = sum(width, slope) / width as f32;
             let mean_product = sum(width, |i| slope(i) * normed(i)) / width as f32;
-            for i in 0..width {
-                dx[i] += scale * (slope(i) - mean_slope - normed(i) * mean_product);
+            for (i, dx) in dx.iter_mut().enumerate() {
+                *dx += scale * (slope(i) - mean_slope - normed(i) * mean_product);
             }
         }
     }
@@ -332,10 +332,7 @@ vectorized! {
     fn softmax_backward<'a>(scores: &'a mut [f32], gradients: &'a mut [f32], softmax: &'a Softmax) {
         let (scores, _) = scores.as_chunks_mut::<PANEL>();
         let (gradients, _) = gradients.as_chunks_mut::<PANEL>();
-        let mut inverse = [0f32; PANEL];
-        for lane in 0..PANEL {
-            inverse[lane] = 1.0 / softmax.sum[lane];
-        }
+        let inverse = softmax.sum.map(|sum| 1.0 / sum);
         let mut mean = [0f32; PANEL];
         for (row, gradient) in scores.iter_mut().zip(gradients.iter()) {
             for lane in 0..PANEL {

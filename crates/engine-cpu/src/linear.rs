@@ -288,7 +288,7 @@ impl Adapter {
         };
         debug_assert!(self.b_forward.right().columns == o, "outputs");
         self.a_forward.fill(|k, column| a(column, k));
-        self.a_backward.fill(&a);
+        self.a_backward.fill(a);
         self.b_forward.fill(|column, row| b(row, column));
         self.b_backward.fill(b);
     }
