@@ -41,6 +41,9 @@ pub enum Command {
     /// Compare with reference values from the Python stack
     #[command(disable_help_flag = true)]
     Parity(PassedOn),
+    /// Measure how fast the transformer is
+    #[command(disable_help_flag = true)]
+    Bench(PassedOn),
     /// Write a small untrained base model
     #[command(disable_help_flag = true)]
     RandomBase(PassedOn),
@@ -72,6 +75,9 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: String,
+    /// What executes the transformer in train and sample: auto, portable or cpu
+    #[arg(long, default_value = "auto", value_parser = ["auto", "portable", "cpu"])]
+    pub engine: String,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "COUNT")]
     pub threads: Option<NonZeroUsize>,

@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         Command::Run(options) => stages::run("run", &Stage::ALL, &options, &[]),
         Command::Status(options) => status::show(&options),
         Command::Parity(options) => program::pass_through("parity", &options.arguments),
+        Command::Bench(options) => program::pass_through("bench", &options.arguments),
         Command::RandomBase(options) => program::pass_through("random-base", &options.arguments),
         Command::Pretrain(options) => program::pass_through("pretrain", &options.arguments),
         Command::Test(options) => tests::run(&options),

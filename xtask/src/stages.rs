@@ -260,7 +260,7 @@ fn spawn(
         .arg(&place.recipe_file)
         .arg("--runs")
         .arg(&place.runs)
-        .args(["--device", &options.device]);
+        .args(["--device", &options.device, "--engine", &options.engine]);
     for change in &place.overrides {
         child.arg("--set").arg(change.to_string());
     }

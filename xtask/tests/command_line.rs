@@ -80,6 +80,7 @@ impl World {
         for task in Task::all(&recipe) {
             let options = RunOptions {
                 device: "cpu".into(),
+                engine: "auto".into(),
                 threads: None,
                 batch: None,
                 json: false,

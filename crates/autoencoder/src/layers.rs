@@ -10,9 +10,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use tensor::nn::{Linear, silu};
-use tensor::{
-    DType, Device, ParameterSpec, Precision, Tensor, Weights, WeightsError, device,
-};
+use tensor::{DType, Device, ParameterSpec, Precision, Tensor, Weights, WeightsError, device};
 
 /// Added to the variance in every group norm (`resnet_eps` of diffusers' encoder and decoder).
 const NORM_EPSILON: f64 = 1e-6;

@@ -98,6 +98,7 @@ impl World {
     fn options(batch: Option<usize>) -> RunOptions {
         RunOptions {
             device: "cpu".to_owned(),
+            engine: "auto".to_owned(),
             threads: None,
             batch,
             json: false,

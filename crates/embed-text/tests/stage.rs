@@ -134,6 +134,7 @@ impl World {
         let recipe = self.recipe(overrides);
         let options = RunOptions {
             device: "cpu".to_owned(),
+            engine: "auto".to_owned(),
             threads: None,
             batch,
             json: false,

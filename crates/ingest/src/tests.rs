@@ -66,6 +66,7 @@ impl World {
         recipe.ingest.max_pixels = self.max_pixels;
         let options = RunOptions {
             device: "cpu".to_owned(),
+            engine: "auto".to_owned(),
             threads: Some(self.threads),
             batch: None,
             json: false,

@@ -99,23 +99,12 @@ impl Loader<'_> {
                 self.device,
                 self.precision,
             )?,
-            BaseWeights::Nf4 { double_quant } => {
-                let shape = [out_features, in_features];
-                let values = self.weights.values(&format!("{path}.weight"), &shape)?;
-                let values = nf4_round_trip(&values, double_quant).map_err(|source| {
-                    MmditError::Quantize {
-                        path: path.clone(),
-                        source,
-                    }
-                })?;
+            BaseWeights::Nf4 { .. } => {
+                let [weight, bias] = linear_values(self.weights, self.base, &path, sizes)?;
+                let dtype = self.precision.dtype();
                 Linear {
-                    weight: from_f32(values, shape, self.device).cast(self.precision.dtype()),
-                    bias: Some(self.weights.tensor(
-                        &format!("{path}.bias"),
-                        [out_features],
-                        self.device,
-                        self.precision,
-                    )?),
+                    weight: from_f32(weight, [out_features, in_features], self.device).cast(dtype),
+                    bias: Some(from_f32(bias, [out_features], self.device).cast(dtype)),
                 }
             }
         };
@@ -133,6 +122,32 @@ impl Loader<'_> {
             self.precision,
         )
     }
+}
+
+/// Weight `[out, in]`, row-major, and bias of the linear layer at `path`, in the form that the base is wanted in: what
+/// an executor of its own builds the layer from. `sizes` are inputs and outputs.
+///
+/// # Errors
+///
+/// If they cannot be read, or not be quantised.
+pub fn linear_values(
+    weights: &Weights,
+    base: BaseWeights,
+    path: &str,
+    [in_features, out_features]: [usize; 2],
+) -> Result<[Vec<f32>; 2], MmditError> {
+    let weight = weights.values(&format!("{path}.weight"), &[out_features, in_features])?;
+    let weight = match base {
+        BaseWeights::Plain => weight,
+        BaseWeights::Nf4 { double_quant } => {
+            nf4_round_trip(&weight, double_quant).map_err(|source| MmditError::Quantize {
+                path: path.to_owned(),
+                source,
+            })?
+        }
+    };
+    let bias = weights.values(&format!("{path}.bias"), &[out_features])?;
+    Ok([weight, bias])
 }
 
 /// A weight as it is after 4-bit quantisation: blocks of 64 along the flattened tensor.

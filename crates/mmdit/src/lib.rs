@@ -32,6 +32,7 @@ mod tests;
 
 pub use adapters::{Adapter, AdapterError, Adapters};
 pub use config::{ConfigError, LinearSpec, MmditConfig};
+pub use layers::linear_values;
 pub use model::{BaseWeights, LoadOptions, Mmdit, MmditError, MmditInput, Trace};
 pub use patches::{image_ids, patchify, text_ids, unpatchify};
 pub use rope::Rope;

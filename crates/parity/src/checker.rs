@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use artifacts::{Dtype, SafetensorsFile};
+use engine::EngineName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tensor::{Device, Tensor};
@@ -81,6 +82,8 @@ impl TensorResult {
 pub struct CaseRun<'a> {
     /// The set it belongs to: model, LoRA files, tokenizers.
     pub set: &'a FixtureSet,
+    /// What executes the transformer.
+    pub engine: EngineName,
     case: &'a Case,
     file: SafetensorsFile,
     done: BTreeSet<String>,
@@ -88,7 +91,7 @@ pub struct CaseRun<'a> {
 }
 
 impl<'a> CaseRun<'a> {
-    /// Opens the case's file.
+    /// Opens the case's file, to be run with the portable engine.
     ///
     /// # Errors
     ///
@@ -97,6 +100,7 @@ impl<'a> CaseRun<'a> {
         let file = SafetensorsFile::open(&set.dir().join(&case.file))?;
         Ok(Self {
             set,
+            engine: EngineName::Portable,
             case,
             file,
             done: BTreeSet::new(),

@@ -27,6 +27,7 @@ use std::time::Instant;
 
 use checker::CaseRun;
 use console::{print_document, print_line};
+use engine::EngineName;
 use fixture::{Case, FixtureError, FixtureSet};
 use pipeline::Failure;
 use report::{CaseResult, Report};
@@ -53,9 +54,9 @@ impl Outcome {
     }
 }
 
-/// Runs every case of a fixture directory and prints what it found on stdout: a line per case as it ends, or with
+/// Runs every case of a fixture directory, the transformer in `engine`, and prints what it found on stdout: a line per case as it ends, or with
 /// `json` one document at the end.
-pub fn run(fixtures: &Path, json: bool) -> Outcome {
+pub fn run(fixtures: &Path, engine: EngineName, json: bool) -> Outcome {
     let set = match FixtureSet::open(fixtures) {
         Ok(set) => set,
         Err(error) => {
@@ -70,12 +71,12 @@ pub fn run(fixtures: &Path, json: bool) -> Outcome {
         }
     };
     let report = if json {
-        let report = check(&set, |_| {});
+        let report = check(&set, engine, |_| {});
         print_document(&serde_json::json!(report));
         report
     } else {
         print_line(&report::head(&set));
-        let report = check(&set, |case| print_line(&report::lines(case)));
+        let report = check(&set, engine, |case| print_line(&report::lines(case)));
         print_line(&report::sum(&report));
         report
     };
@@ -87,31 +88,38 @@ pub fn run(fixtures: &Path, json: bool) -> Outcome {
 }
 
 /// Runs every case of an opened set; `each` sees the results as they come.
-pub fn check(set: &FixtureSet, mut each: impl FnMut(&CaseResult)) -> Report {
+///
+/// What only `mmdit` can say (what happens between blocks) is `mmdit`'s with any engine.
+pub fn check(set: &FixtureSet, engine: EngineName, mut each: impl FnMut(&CaseResult)) -> Report {
     let mut cases = Vec::with_capacity(set.cases().len());
     for case in set.cases() {
-        let result = check_case(set, case);
+        let result = check_case(set, case, engine);
         each(&result);
         cases.push(result);
     }
     Report::new(set, cases)
 }
 
-/// Opens a directory and runs it, for tests.
+/// Opens a directory and runs it with the portable engine, for tests.
 ///
 /// # Errors
 ///
 /// If the directory cannot be used.
 pub fn check_dir(fixtures: &Path) -> Result<Report, FixtureError> {
-    Ok(check(&FixtureSet::open(fixtures)?, |_| {}))
+    Ok(check(
+        &FixtureSet::open(fixtures)?,
+        EngineName::Portable,
+        |_| {},
+    ))
 }
 
 /// Runs one case. An error or a panic in it (mathematics panics on wrong sizes) fails this case and no other.
-fn check_case(set: &FixtureSet, case: &Case) -> CaseResult {
+fn check_case(set: &FixtureSet, case: &Case, engine: EngineName) -> CaseResult {
     let start = Instant::now();
     let (tensors, stopped_by) = match CaseRun::open(set, case) {
         Err(error) => (Vec::new(), Some(error.to_string())),
         Ok(mut run) => {
+            run.engine = engine;
             let ended = catch_unwind(AssertUnwindSafe(|| cases::run(&mut run)));
             let stopped_by = match ended {
                 Ok(Ok(())) => None,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::EngineName;
 use parity::fixture::FixtureSet;
 use parity::report::{CaseResult, Report};
 use parity::{check, check_dir, report};
@@ -66,9 +67,11 @@ fn case<'a>(report: &'a Report, name: &str) -> &'a CaseResult {
 #[test]
 fn the_committed_fixtures_agree() {
     let set = FixtureSet::open(&small()).expect("it is committed");
-    let report = check(&set, |case| println!("{}", report::lines(case)));
-    assert!(report.ok, "see the lines above");
-    assert_eq!(report.cases.len(), set.cases().len());
+    for engine in [EngineName::Portable, EngineName::Cpu] {
+        let report = check(&set, engine, |case| println!("{}", report::lines(case)));
+        assert!(report.ok, "{engine}: see the lines above");
+        assert_eq!(report.cases.len(), set.cases().len());
+    }
 }
 
 #[test]

@@ -138,6 +138,7 @@ impl World {
 fn options() -> RunOptions {
     RunOptions {
         device: "cpu".into(),
+        engine: "auto".into(),
         threads: None,
         batch: None,
         json: false,
@@ -385,6 +386,7 @@ fn device_threads_and_batch_decide_nothing() {
     world.run_all();
     let other = RunOptions {
         device: "cuda:1".into(),
+        engine: "portable".into(),
         threads: Some(3),
         batch: Some(8),
         json: true,

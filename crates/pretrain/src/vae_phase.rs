@@ -14,8 +14,8 @@ use tensor::{Backend, Device, IntTensor, Precision, Tensor, TensorData, device};
 
 use crate::PretrainError;
 use crate::augment::BACKGROUND;
-use crate::recipe::AutoencoderRecipe;
 use crate::clock::HostWork;
+use crate::recipe::AutoencoderRecipe;
 use crate::run::{Ended, Run};
 use crate::state::{Layout, TrainState};
 
@@ -140,7 +140,8 @@ pub(crate) fn train(
                 .decode(latents.cast(precision.dtype()))
                 .cast(tensor::DType::F32);
             let kl = (mean.powi_scalar(2) + logvar.clone().exp() - 1.0 - logvar).mean() * 0.5;
-            let loss = distance(decoded, pictures, config.scale_factor_px(), recipe) + kl * recipe.kl_weight;
+            let loss = distance(decoded, pictures, config.scale_factor_px(), recipe)
+                + kl * recipe.kl_weight;
             clock.did(HostWork::Forward);
             let gradients = loss.backward();
             clock.did(HostWork::Backward);

@@ -5,9 +5,10 @@
 //!
 //! Source: `FluxPipeline.__call__`, diffusers 0.42.
 
+use engine::{Engine, Input};
 use flow_matching::{InferenceSchedule, euler_step, model_time};
-use mmdit::{Adapters, Mmdit, MmditInput};
-use tensor::{DType, Tensor};
+use mmdit::{image_ids, text_ids};
+use tensor::{DType, Tensor, from_f32, to_f32};
 
 use crate::conditioning::Conditioning;
 
@@ -37,15 +38,14 @@ pub struct Denoising<'a> {
     pub true_cfg: Option<TrueCfg<'a>>,
 }
 
-/// Takes noise to latents; `on_step` sees the number of each step, from 0, and the latents behind it.
+/// Takes noise to latents, under the LoRAs that the engine has; `on_step` sees the number of each step, from 0, and the latents behind it.
 ///
 /// # Panics
 ///
 /// If sizes do not agree with one another or with the model, or `guidance` is given to a model without guidance
 /// embedding (or withheld from one with it).
 pub fn denoise(
-    model: &Mmdit,
-    adapters: &Adapters,
+    engine: &mut dyn Engine,
     denoising: &Denoising<'_>,
     mut on_step: impl FnMut(usize, &Tensor<3>),
 ) -> Tensor<3> {
@@ -58,7 +58,8 @@ pub fn denoise(
         ..
     } = denoising;
     let mut latents = denoising.latents.clone().cast(DType::F32);
-    let [b, _, _] = latents.dims();
+    let [b, n, _] = latents.dims();
+    let device = latents.device();
     let both;
     let conditioning = match true_cfg {
         Some(cfg) => {
@@ -69,7 +70,11 @@ pub fn denoise(
     };
     let num_rows = if true_cfg.is_some() { 2 * b } else { b };
     let [_, num_text_tokens, _] = conditioning.prompt_embeds.dims();
-    let rope = model.rope(num_text_tokens, *latent_cells);
+    let mut positions = text_ids(num_text_tokens);
+    positions.extend(image_ids(latent_cells[0], latent_cells[1]));
+    let prompt_embeds = to_f32(&conditioning.prompt_embeds);
+    let pooled = to_f32(&conditioning.pooled_prompt_embeds);
+    let velocity_channels = engine.config().velocity_channels();
     let guidance = guidance.map(|guidance| vec![guidance; num_rows]);
 
     for (step, &timestep) in schedule.timesteps.iter().enumerate() {
@@ -77,15 +82,15 @@ pub fn denoise(
             Some(_) => Tensor::cat(vec![latents.clone(), latents.clone()], 0), // 2b n c
             None => latents.clone(),
         };
-        let input = MmditInput {
-            hidden_states,
-            encoder_hidden_states: conditioning.prompt_embeds.clone(),
-            pooled_projections: conditioning.pooled_prompt_embeds.clone(),
+        let velocity = engine.velocity(&Input {
+            hidden_states: &to_f32(&hidden_states),
+            encoder_hidden_states: &prompt_embeds,
+            pooled_projections: &pooled,
             timestep: &vec![model_time(timestep); num_rows],
             guidance: guidance.as_deref(),
-            rope: &rope,
-        };
-        let velocity = model.forward(&input, adapters).cast(DType::F32);
+            positions: &positions,
+        });
+        let velocity = from_f32(velocity, [num_rows, n, velocity_channels], &device);
         let velocity = match true_cfg {
             Some(cfg) => {
                 let [positive, negative] = halves(velocity);
@@ -115,10 +120,13 @@ mod tests {
     use std::sync::LazyLock;
 
     use super::*;
+    use engine::Factors;
+    use engine::cpu::Cpu;
+    use engine::portable::Portable;
     use flow_matching::{Scheduler, SchedulerConfig};
-    use mmdit::{Adapter, BaseWeights, LoadOptions, MmditConfig};
+    use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
     use tensor::device::cpu;
-    use tensor::{Precision, Weights, from_f32, to_f32};
+    use tensor::{Precision, Weights};
 
     static SCHEDULE: LazyLock<InferenceSchedule> =
         LazyLock::new(|| Scheduler::new(SchedulerConfig::flux_dev()).inference(3, 6));
@@ -133,9 +141,8 @@ mod tests {
             .collect()
     }
 
-    fn tiny_model() -> Mmdit {
-        let config = MmditConfig::tiny();
-        let values = config
+    fn weights() -> Weights {
+        let values = MmditConfig::tiny()
             .parameters()
             .into_iter()
             .enumerate()
@@ -145,12 +152,23 @@ mod tests {
                 let values = scrambled(count, i as u32);
                 (spec, values.iter().map(|v| v / fan_in.sqrt()).collect())
             });
+        Weights::from_values(values)
+    }
+
+    fn portable() -> Portable {
         let options = LoadOptions {
             device: cpu(),
             precision: Precision::F32,
             base: BaseWeights::Plain,
         };
-        Mmdit::load(&Weights::from_values(values), config, &options).expect("all are there")
+        let model = Mmdit::load(&weights(), MmditConfig::tiny(), &options);
+        Portable::new(model.expect("all are there"))
+    }
+
+    fn cpu_engine() -> Cpu {
+        let config = MmditConfig::tiny();
+        let transformer = engine_cpu::Transformer::load(&weights(), config, BaseWeights::Plain);
+        Cpu::new(transformer.expect("all are there"))
     }
 
     fn conditioning(rows: usize, salt: u32) -> Conditioning {
@@ -176,12 +194,10 @@ mod tests {
     }
 
     fn drawn(denoising: &Denoising<'_>) -> Vec<f32> {
-        to_f32(&denoise(
-            &tiny_model(),
-            &Adapters::none(),
-            denoising,
-            |_, _| {},
-        ))
+        let expected = to_f32(&denoise(&mut portable(), denoising, |_, _| {}));
+        let found = to_f32(&denoise(&mut cpu_engine(), denoising, |_, _| {}));
+        assert!(distance(&found, &expected) < 1e-4, "engines differ");
+        found
     }
 
     fn distance(a: &[f32], b: &[f32]) -> f32 {
@@ -197,8 +213,7 @@ mod tests {
         let prompts = conditioning(1, 1);
         let mut seen = Vec::new();
         let result = denoise(
-            &tiny_model(),
-            &Adapters::none(),
+            &mut portable(),
             &denoising(noise(1), &prompts),
             |step, latents| seen.push((step, to_f32(latents))),
         );
@@ -260,13 +275,16 @@ mod tests {
     fn an_adapter_changes_the_picture_and_at_strength_0_does_not() {
         let prompts = conditioning(1, 1);
         let with_strength = |strength| {
-            let mut adapters = Adapters::none();
-            let (a, b) = (scrambled(16, 5), scrambled(16, 6));
-            let adapter = Adapter::from_values(a, b, 1, strength, &cpu());
-            adapters.push("transformer_blocks.0.attn.to_q", adapter);
+            let mut engine = cpu_engine();
+            engine.set_lora(&[Factors {
+                path: "transformer_blocks.0.attn.to_q".to_owned(),
+                rank: 1,
+                scale: strength,
+                a: scrambled(16, 5),
+                b: scrambled(16, 6),
+            }]);
             to_f32(&denoise(
-                &tiny_model(),
-                &adapters,
+                &mut engine,
                 &denoising(noise(1), &prompts),
                 |_, _| {},
             ))

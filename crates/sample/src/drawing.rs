@@ -1,8 +1,8 @@
 //! A run's pictures, batch by batch: noise, denoising, decoding, files.
 
 use autoencoder::Autoencoder;
+use engine::Engine;
 use flow_matching::{InferenceSchedule, Purpose, Stream};
-use mmdit::Mmdit;
 use pipeline::StageContext;
 use pipeline::recipe::SampleRecipe;
 use tensor::{Device, Tensor, from_f32};
@@ -43,16 +43,16 @@ impl Drawing<'_> {
     /// The latents of all pictures, batch by batch.
     pub(crate) fn denoise_all(
         &self,
-        model: &Mmdit,
+        engine: &mut dyn Engine,
         stack: &LoraStack,
         context: &StageContext,
     ) -> Vec<Tensor<3>> {
-        let adapters = stack.adapters(self.device);
-        let guidance = model
+        engine.set_lora(&stack.factors());
+        let guidance = engine
             .config()
             .guidance_embeds
             .then_some(self.recipe.guidance as f32);
-        let channels = model.config().in_channels / 4;
+        let channels = engine.config().in_channels / 4;
         let shots = &self.plan.shots;
         let job = context.progress.job(
             "draw",
@@ -91,7 +91,7 @@ impl Drawing<'_> {
                     scale: self.recipe.true_cfg_scale,
                 }),
             };
-            latents.push(denoise(model, &adapters, &denoising, |_, _| {
+            latents.push(denoise(engine, &denoising, |_, _| {
                 job.advance(batch.len() as u64)
             }));
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
+use engine::EngineError;
 use lora::LoraError;
 use mmdit::{ConfigError, MmditError};
 use pipeline::{FailureKind, StageError};
@@ -81,6 +82,9 @@ pub enum SampleError {
     /// A LoRA cannot be used.
     #[error(transparent)]
     Lora(#[from] LoraError),
+    /// There is no such engine, or not for this device and precision.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -136,6 +140,7 @@ impl StageError for SampleError {
                 "shorten it, raise sample.t5_tokens to at least {num_tokens}, or cut long prompts with \
                  sample.long_prompts = \"truncate\""
             ),
+            Self::Engine(_) => "leave --engine out, or set sample.precision to \"f32\"".to_owned(),
             Self::PartsDiffer { .. } => {
                 "use a base whose folders all come from one model".to_owned()
             }

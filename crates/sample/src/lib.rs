@@ -3,7 +3,7 @@
 //! ```text
 //! prompts ── Encoders::encode ──► Conditioning ─┐
 //! seed, number ── noise ──► tokens ─────────────┼─ denoise ──► tokens ── decode ──► PNGs, sheets, images.json
-//! LoRAs ── LoraStack ──► Adapters ──────────────┘
+//! LoRAs ── LoraStack ──► Factors ───────────────┘
 //! ```
 //!
 //! One model is in memory at a time: the text encoders are gone before the transformer is loaded, and the transformer
@@ -33,7 +33,8 @@ mod drawing;
 mod test_recipe;
 
 use autoencoder::Autoencoder;
-use mmdit::{BaseWeights, LoadOptions, Mmdit};
+use engine::{EngineChoice, Opening};
+use mmdit::BaseWeights;
 use pipeline::recipe::{BaseFormat, PrecisionChoice};
 use pipeline::{Stage, StageContext, StageReport, WeightPart, files, outputs};
 use tensor::Precision;
@@ -67,6 +68,8 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
     let latent_cells = base.latent_cells(recipe.width_px, recipe.height_px)?;
     let device = tensor::device::select(&context.options.device)?;
     let precision = precision_of(recipe.precision);
+    let choice: EngineChoice = context.options.engine.parse()?;
+    let engine_name = choice.resolve(&device, precision)?;
     let batch = context.options.batch.unwrap_or(USUAL_BATCH).max(1);
     let stack = LoraStack::read(&lora_choices(context), &base.transformer)?;
     let schedule = base.schedule(context, latent_cells)?;
@@ -84,12 +87,13 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
     };
     let texts = encoders.encode(&plan.texts(), &context.progress)?;
 
-    let options = LoadOptions {
+    let opening = Opening {
+        dir: &context.weights_dir(WeightPart::Transformer),
         device: device.clone(),
         precision,
         base: base_weights_of(recipe.base_format),
     };
-    let model = Mmdit::open(&context.weights_dir(WeightPart::Transformer), &options)?;
+    let mut engine = engine::open(engine_name, &opening)?;
     let drawing = Drawing {
         recipe,
         plan: &plan,
@@ -99,11 +103,11 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
         batch,
         device: &device,
     };
-    let latents = drawing.denoise_all(&model, &stack, context);
+    let latents = drawing.denoise_all(engine.as_mut(), &stack, context);
     let base_latents = recipe
         .compare_with_base
-        .then(|| drawing.denoise_all(&model, &LoraStack::none(), context));
-    drop(model);
+        .then(|| drawing.denoise_all(engine.as_mut(), &LoraStack::none(), context));
+    drop(engine);
 
     let vae = Autoencoder::open(&context.weights_dir(WeightPart::Vae), &device, precision)?;
     let settings = settings(context, &base, &plan, &stack);

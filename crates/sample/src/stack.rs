@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use artifacts::digest_file;
+use engine::Factors;
 use lora::{AlphaSource, LoraFile, Target};
-use mmdit::{Adapter, Adapters, MmditConfig};
-use tensor::Device;
+use mmdit::MmditConfig;
 
 use crate::error::SampleError;
 use crate::parameters::LoraUse;
@@ -45,7 +45,7 @@ impl LoraChoice {
     }
 }
 
-/// LoRAs that were read and fit the transformer, not yet on a device.
+/// LoRAs that were read and fit the transformer.
 #[derive(Clone, Debug)]
 pub struct LoraStack {
     files: Vec<LoraFile>,
@@ -95,22 +95,20 @@ impl LoraStack {
         Ok(stack)
     }
 
-    /// The factors on a device.
-    pub fn adapters(&self, device: &Device) -> Adapters {
-        let mut adapters = Adapters::none();
-        for (file, lora) in self.files.iter().zip(&self.uses) {
-            for (path, module) in &file.modules {
-                let adapter = Adapter::from_values(
-                    module.a.clone(),
-                    module.b.clone(),
-                    module.rank,
-                    (f64::from(module.scale()) * lora.scale) as f32,
-                    device,
-                );
-                adapters.push(path.as_str(), adapter);
-            }
-        }
-        adapters
+    /// The factors, file by file, as an engine takes them.
+    pub fn factors(&self) -> Vec<Factors> {
+        let files = self.files.iter().zip(&self.uses);
+        files
+            .flat_map(|(file, lora)| {
+                file.modules.iter().map(|(path, module)| Factors {
+                    path: path.clone(),
+                    rank: module.rank,
+                    scale: (f64::from(module.scale()) * lora.scale) as f32,
+                    a: module.a.clone(),
+                    b: module.b.clone(),
+                })
+            })
+            .collect()
     }
 }
 
@@ -119,8 +117,6 @@ mod tests {
     use super::*;
     use artifacts::{Dtype, TensorToWrite, write_safetensors};
     use std::collections::BTreeMap;
-    use tensor::device::cpu;
-    use tensor::to_f32;
 
     const QUERY: &str = "transformer_blocks.0.attn.to_q";
 
@@ -148,14 +144,11 @@ mod tests {
             LoraChoice::file(&path, 0.25),
         ];
         let stack = LoraStack::read(&choices, &MmditConfig::tiny()).expect("valid");
-        let adapters = stack.adapters(&cpu());
-        let scales: Vec<f32> = adapters
-            .at(QUERY)
-            .iter()
-            .map(|adapter| adapter.scale)
-            .collect();
+        let factors = stack.factors();
+        assert!(factors.iter().all(|factors| factors.path == QUERY));
+        let scales: Vec<f32> = factors.iter().map(|factors| factors.scale).collect();
         assert_eq!(scales, [1.0, 0.25]);
-        assert_eq!(to_f32(&adapters.at(QUERY)[0].a), [0.0; 32]);
+        assert_eq!(factors[0].a, [0.0; 32]);
         let names: Vec<&str> = stack.uses.iter().map(|lora| lora.name.as_str()).collect();
         assert_eq!(names, ["trained", "knight"]);
         assert_eq!(stack.uses[0].digest, stack.uses[1].digest);

@@ -66,6 +66,7 @@ impl Workshop {
                 .into(),
             options: RunOptions {
                 device: "cpu".to_owned(),
+                engine: "auto".to_owned(),
                 threads: None,
                 batch,
                 json: false,

@@ -3,7 +3,9 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use bench::CpuBench;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::EngineName;
 use pipeline::Override;
 use random_base::Preset;
 
@@ -37,6 +39,9 @@ pub enum Command {
     Pretrain(PretrainOptions),
     /// Compare with reference values from the Python stack
     Parity(ParityOptions),
+    /// Measure how fast the transformer is
+    #[command(subcommand)]
+    Bench(Bench),
 }
 
 /// Options of `pretrain`.
@@ -74,9 +79,75 @@ pub struct ParityOptions {
     /// Directory with cases.json, as the oracle's make_fixtures.py writes it
     #[arg(long, value_name = "DIR")]
     pub fixtures: PathBuf,
+    /// What executes the transformer
+    #[arg(long, value_enum, default_value_t = ParityEngine::Portable)]
+    pub engine: ParityEngine,
     /// Print one JSON document on stdout, and nothing else there
     #[arg(long)]
     pub json: bool,
+}
+
+/// What `bench` measures.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// A training step and a sampling step of the base `small` on the CPU
+    Cpu(CpuBenchOptions),
+}
+
+/// Options of `bench cpu`.
+#[derive(Clone, Debug, Args)]
+pub struct CpuBenchOptions {
+    /// Measure PyTorch too, with this interpreter (it needs torch, diffusers and peft)
+    #[arg(long, value_name = "FILE")]
+    pub python: Option<PathBuf>,
+    /// PyTorch's side of it
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "docs/benchmarks/cpu_step.py"
+    )]
+    pub script: PathBuf,
+    /// Steps of each kind
+    #[arg(long, value_name = "COUNT", default_value_t = 20)]
+    pub repeats: usize,
+    /// Measure the portable engine too
+    #[arg(long)]
+    pub portable: bool,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl CpuBenchOptions {
+    /// What to measure.
+    pub fn measurement(self) -> CpuBench {
+        CpuBench {
+            python: self.python,
+            script: self.script,
+            repeats: self.repeats,
+            portable: self.portable,
+            json: self.json,
+        }
+    }
+}
+
+/// Engines that `parity` can look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ParityEngine {
+    /// mmdit in Burn
+    Portable,
+    /// engine-cpu
+    Cpu,
+}
+
+impl ParityEngine {
+    /// The engine.
+    pub fn name(self) -> EngineName {
+        match self {
+            Self::Portable => EngineName::Portable,
+            Self::Cpu => EngineName::Cpu,
+        }
+    }
 }
 
 /// Options of `random-base`.
@@ -128,6 +199,9 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// What executes the transformer in train and sample: auto, portable or cpu
+    #[arg(long, default_value = "auto")]
+    pub engine: String,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "COUNT")]
     pub threads: Option<NonZeroUsize>,

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{Cli, Command, PreparationOptions};
+use cli::{Bench, Cli, Command, PreparationOptions};
 use pipeline::{DataSet, Stage, Task};
 
 /// Exit code of a bug: the work failed.
@@ -39,7 +39,10 @@ fn run(command: Command) -> u8 {
         Command::Evaluate(options) => stage::run(Stage::Evaluate.into(), &options),
         Command::RandomBase(options) => untrained::run(&options),
         Command::Pretrain(options) => pretraining::run(&options),
-        Command::Parity(options) => parity::run(&options.fixtures, options.json).exit_code(),
+        Command::Bench(Bench::Cpu(options)) => bench::run(&options.measurement()),
+        Command::Parity(options) => {
+            parity::run(&options.fixtures, options.engine.name(), options.json).exit_code()
+        }
     }
 }
 

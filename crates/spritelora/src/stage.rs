@@ -67,6 +67,7 @@ fn try_run(task: Task, options: &StageOptions) -> Result<(StageReport, bool), Fa
     }
     let run_options = RunOptions {
         device: options.device.clone(),
+        engine: options.engine.clone(),
         threads: options.threads.map(Into::into),
         batch: options.batch.map(Into::into),
         json: options.json,

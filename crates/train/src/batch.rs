@@ -1,37 +1,4 @@
-//! What one forward pass is given, on the host.
-
-use flow_matching::TrainingPoint;
-
-/// A micro-batch: everything is row-major `f32` with the sample as first axis.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MicroBatch {
-    /// Samples, channels, rows and columns of the latents.
-    pub shape: [usize; 4],
-    /// Latents as the transformer sees them: `x₀`.
-    pub model_input: Vec<f32>,
-    /// Standard normal noise: `ε`.
-    pub noise: Vec<f32>,
-    /// Noise level and loss weight of each sample.
-    pub points: Vec<TrainingPoint>,
-    /// Text tokens of each sample and their width.
-    pub text_shape: [usize; 2],
-    /// T5 states, `samples × tokens × width`.
-    pub prompt_embeds: Vec<f32>,
-    /// CLIP's pooled vectors, `samples × pooled width`.
-    pub pooled: Vec<f32>,
-}
-
-impl MicroBatch {
-    /// Number of samples.
-    pub fn len(&self) -> usize {
-        self.points.len()
-    }
-
-    /// Whether there are no samples.
-    pub fn is_empty(&self) -> bool {
-        self.points.is_empty()
-    }
-}
+//! Latents as the VAE's posterior gives them, and as the transformer sees them.
 
 /// How the VAE's latents become the transformer's.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -17,14 +17,12 @@ use artifacts::{
     ArtifactError, Digest, Dtype, Hasher, MetricRow, SafetensorsFile, TensorToWrite,
     write_safetensors,
 };
+use engine::{EngineName, LossScaler, TrainableLora};
 use quant::{StatePart, StateValues};
 use serde::{Deserialize, Serialize};
 
-use crate::lora_state::TrainableLora;
-use crate::optimise::LossScaler;
-
 /// Version of the layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 const STATE_KEY: &str = "spritelora.state";
 const DIGEST_KEY: &str = "spritelora.digest";
@@ -39,6 +37,8 @@ pub struct RunState {
     pub format: u32,
     /// Fingerprint of the run, 64 hexadecimal digits: another run's checkpoint is not continued from.
     pub fingerprint: String,
+    /// The engine that took the steps: engines agree within rounding only, so no other continues them.
+    pub engine: EngineName,
     /// Optimiser steps taken.
     pub num_steps: u32,
     /// Steps taken or skipped; decides which data come next.
@@ -104,10 +104,17 @@ pub enum CheckpointError {
 
 impl RunState {
     /// The counters of a run of this layout.
-    pub fn new(fingerprint: String, num_steps: u32, num_groups: u64, scaler: LossScaler) -> Self {
+    pub fn new(
+        fingerprint: String,
+        engine: EngineName,
+        num_steps: u32,
+        num_groups: u64,
+        scaler: LossScaler,
+    ) -> Self {
         Self {
             format: FORMAT,
             fingerprint,
+            engine,
             num_steps,
             num_groups,
             scaler,

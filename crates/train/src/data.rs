@@ -11,11 +11,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use artifacts::{CaptionRow, Digest, LatentCache, SampleRow, TextEmbeddings};
+use engine::MicroBatch;
 use flow_matching::{Density, Purpose, Scheduler, Stream, Weighting};
 use mmdit::MmditConfig;
 use mmdit::patches::PATCH_CELLS;
 
-use crate::batch::{LatentScaling, MicroBatch, sample_posterior};
+use crate::batch::{LatentScaling, sample_posterior};
 use crate::error::TrainError;
 
 /// Where the pairs are.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
+use engine::{EngineError, EngineName};
 use flow_matching::SchedulerError;
 use lora::LoraError;
 use mmdit::{ConfigError, MmditError};
@@ -119,6 +120,19 @@ pub enum TrainError {
     /// Checkpoints cannot be listed or removed.
     #[error("cannot keep checkpoints")]
     Checkpoints(#[source] std::io::Error),
+    /// An interrupted run is to be continued by another engine.
+    #[error("{} was written by the engine `{began}`, and this run would go on with `{now}`", path.display())]
+    OtherEngine {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The engine that wrote it.
+        began: EngineName,
+        /// The engine of this run.
+        now: EngineName,
+    },
+    /// There is no such engine, or not for this device and precision.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -167,6 +181,11 @@ impl StageError for TrainError {
             | Self::File(ArtifactError::OtherVae { .. }) => {
                 "run `cargo xtask cache-latents --force`".to_owned()
             }
+            Self::OtherEngine { began, .. } => format!(
+                "go on with --engine {began}, or begin again with --force: engines agree within rounding, and a run \
+                 that changed over would end with other bytes than one that did not"
+            ),
+            Self::Engine(_) => "leave --engine out, or set train.precision to \"f32\"".to_owned(),
             Self::Diverged { .. } => {
                 "lower train.learning_rate, or set train.precision to \"bf16\" or \"f32\""
                     .to_owned()

@@ -3,7 +3,7 @@
 //! ```text
 //! captions.parquet ─┐
 //! embeddings.parquet ─ TrainingData ─► MicroBatch ─► micro_step ─► gradients ─► LoraOptimizer ─► TrainableLora
-//! latents           ─┘   (pairs are verified)      (Burn differentiates)     (clip, loss scale, AdamW)
+//! latents           ─┘   (pairs are verified)      (whichever engine)        (clip, loss scale, AdamW)
 //! ```
 //!
 //! An optimiser step is `accumulation` micro-batches. What a micro-batch holds is a function of the seed and of its
@@ -12,32 +12,25 @@
 //! newest checkpoint to the same bytes.
 //!
 //! * [`data`]: pairs, found to belong together before anything is loaded.
-//! * [`batch`]: what one forward pass is given.
-//! * [`lora_state`]: the factors being trained.
-//! * [`micro`]: one forward and backward pass.
-//! * [`optimise`]: gradients into a step, with loss scaling.
+//! * [`batch`]: latents as the transformer sees them.
+//! * [`untrained`]: the LoRA that a run begins with.
 //! * [`checkpoint`]: everything that a run continues from, in one file.
-//! * [`trainer`]: a run, step by step.
+//! * [`trainer`]: a run, step by step. One step is an `engine`'s.
 #![forbid(unsafe_code)]
 
 pub mod batch;
 pub mod checkpoint;
 pub mod data;
 mod error;
-pub mod lora_state;
-pub mod micro;
-pub mod optimise;
 mod stage;
 pub mod trainer;
+pub mod untrained;
 
 #[cfg(test)]
 mod tests;
 
-pub use batch::MicroBatch;
 pub use data::TrainingData;
 pub use error::TrainError;
-pub use lora_state::TrainableLora;
-pub use micro::{MicroStep, micro_step};
-pub use optimise::{GradientSum, LoraOptimizer, LossScaler, StepOutcome};
 pub use stage::run;
 pub use trainer::Trainer;
+pub use untrained::untrained_lora;

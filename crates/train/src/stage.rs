@@ -5,9 +5,10 @@ use std::path::Path;
 
 use artifacts::{Digest, Footer, digest_file, metrics};
 use autoencoder::AutoencoderConfig;
+use engine::{EngineChoice, LoraOptimizer, Opening};
 use flow_matching::{Density, Scheduler, SchedulerConfig, Weighting};
 use mmdit::patches::PATCH_CELLS;
-use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
+use mmdit::{BaseWeights, MmditConfig};
 use pipeline::recipe::{self, BaseFormat, PrecisionChoice, TimestepSampling, TrainRecipe};
 use pipeline::{Fingerprint, Stage, StageContext, StageReport, WeightPart, files, outputs};
 use tensor::{Precision, device};
@@ -16,8 +17,8 @@ use crate::batch::LatentScaling;
 use crate::checkpoint::{self, Checkpoint};
 use crate::data::{DataFiles, Sampling, TrainingData};
 use crate::error::TrainError;
-use crate::lora_state::TrainableLora;
 use crate::trainer::Trainer;
+use crate::untrained::untrained_lora;
 
 /// Runs the stage, from the newest checkpoint of an interrupted run if there is one.
 ///
@@ -30,19 +31,23 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     let transformer_dir = context.weights_dir(WeightPart::Transformer);
     let config = MmditConfig::from_file(&transformer_dir.join("config.json"))?;
     let data = open_data(context, &config)?;
-    let lora = TrainableLora::untrained(&config, recipe)?;
-    let device = device::training(&device::select(&context.options.device)?);
-    let model = Mmdit::open(
-        &transformer_dir,
-        &LoadOptions {
-            device,
-            precision: precision(recipe.precision),
-            base: base_weights(recipe.base_format),
-        },
-    )?;
+    let lora = untrained_lora(&config, recipe)?;
+    let device = device::select(&context.options.device)?;
+    let precision = precision(recipe.precision);
+    let choice: EngineChoice = context.options.engine.parse()?;
+    let name = choice.resolve(&device, precision)?;
+    let opening = Opening {
+        dir: &transformer_dir,
+        device,
+        precision,
+        base: base_weights(recipe.base_format),
+    };
+    let optimizer = LoraOptimizer::of(recipe, &lora);
+    let engine = engine::open_training(name, &opening, lora.clone(), optimizer)?;
+    tracing::info!(engine = %name, "training");
 
     let fingerprint = Fingerprint::of(&context.components).to_string();
-    let mut trainer = Trainer::new(&model, &data, recipe, lora, fingerprint.clone());
+    let mut trainer = Trainer::new(engine, &data, recipe, lora, fingerprint.clone());
     let checkpoints = context.path(files::CHECKPOINTS);
     let num_resumed = resume(&mut trainer, &checkpoints, &fingerprint)?;
     train(context, &mut trainer, &data, &checkpoints, &fingerprint)?;
@@ -110,7 +115,14 @@ fn resume(
 ) -> Result<u32, TrainError> {
     for path in checkpoint::list(checkpoints).map_err(TrainError::Checkpoints)? {
         let shown = path.display();
-        match Checkpoint::read(&path, fingerprint, trainer.lora()) {
+        match Checkpoint::read(&path, fingerprint, &trainer.lora()) {
+            Ok(checkpoint) if checkpoint.state.engine != trainer.engine() => {
+                return Err(TrainError::OtherEngine {
+                    began: checkpoint.state.engine,
+                    now: trainer.engine(),
+                    path,
+                });
+            }
             Ok(checkpoint) => match trainer.restore(checkpoint) {
                 Ok(()) => {
                     tracing::info!(step = trainer.num_steps(), checkpoint = %shown, "continuing");
@@ -164,7 +176,7 @@ fn train(
                 .to_file(metadata)
                 .write(&checkpoints.join(snapshot))?;
             let path = checkpoints.join(checkpoint::file_name(num_steps));
-            trainer.checkpoint().write(&path, trainer.lora())?;
+            trainer.checkpoint().write(&path, &trainer.lora())?;
             checkpoint::prune(checkpoints, num_steps, recipe.keep_checkpoints as usize)
                 .map_err(TrainError::Checkpoints)?;
             tracing::debug!(step = num_steps, checkpoint = %path.display(), "checkpoint");

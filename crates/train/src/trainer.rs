@@ -3,16 +3,13 @@
 use std::time::Instant;
 
 use artifacts::MetricRow;
+use engine::{EngineName, StepReport, TrainableLora, TrainingEngine, TrainingState};
 use flow_matching::LearningRateSchedule;
-use mmdit::{Mmdit, Rope};
 use pipeline::recipe::{Schedule, TrainRecipe};
 
 use crate::checkpoint::{Checkpoint, RunState};
 use crate::data::TrainingData;
 use crate::error::TrainError;
-use crate::lora_state::TrainableLora;
-use crate::micro::micro_step;
-use crate::optimise::{GradientSum, LoraOptimizer};
 
 /// So many steps in a row without finite gradients and the run is given up. A loss scale of 2¹⁶ that halves so often
 /// is far below anything that could still overflow.
@@ -21,42 +18,35 @@ const MAX_SKIPPED_IN_A_ROW: usize = 32;
 /// Last learning rate of the polynomial schedule (`lr_end` upstream).
 const POLYNOMIAL_END: f64 = 1e-7;
 
-/// A training run: the model is frozen, the LoRA and the optimiser's state change.
+/// A training run: the LoRA and the optimiser's state are the engine's, which data come next is known here.
 pub struct Trainer<'a> {
-    model: &'a Mmdit,
+    engine: Box<dyn TrainingEngine>,
     data: &'a TrainingData,
     recipe: &'a TrainRecipe,
     fingerprint: String,
-    rope: Rope,
     schedule: LearningRateSchedule,
-    lora: TrainableLora,
-    optimizer: LoraOptimizer,
+    /// Names and shapes; the values are those of the beginning.
+    untrained: TrainableLora,
     num_groups: u64,
     metrics: Vec<MetricRow>,
 }
 
 impl<'a> Trainer<'a> {
-    /// A run at its beginning.
-    ///
-    /// The model must have been loaded on a device that records operations ([`tensor::device::training`]).
+    /// A run at its beginning, with an engine that was given `lora`.
     pub fn new(
-        model: &'a Mmdit,
+        engine: Box<dyn TrainingEngine>,
         data: &'a TrainingData,
         recipe: &'a TrainRecipe,
         lora: TrainableLora,
         fingerprint: String,
     ) -> Self {
-        let [_, height, width] = data.latent_shape();
-        let [num_text_tokens, _] = data.text_shape();
         Self {
-            model,
+            engine,
             data,
             recipe,
             fingerprint,
-            rope: model.rope(num_text_tokens, [height, width]),
             schedule: schedule(recipe),
-            optimizer: LoraOptimizer::of(recipe, &lora),
-            lora,
+            untrained: lora,
             num_groups: 0,
             metrics: Vec::new(),
         }
@@ -74,9 +64,12 @@ impl<'a> Trainer<'a> {
             scaler,
             ..
         } = checkpoint.state;
-        self.optimizer
-            .import(num_steps.into(), checkpoint.optimizer, scaler)?;
-        self.lora.values = checkpoint.lora;
+        self.engine.import(TrainingState {
+            num_steps: num_steps.into(),
+            lora: checkpoint.lora,
+            optimizer: checkpoint.optimizer,
+            scaler,
+        })?;
         self.num_groups = num_groups;
         self.metrics = checkpoint.metrics;
         Ok(())
@@ -84,27 +77,41 @@ impl<'a> Trainer<'a> {
 
     /// What a later run can continue from.
     pub fn checkpoint(&self) -> Checkpoint {
+        let TrainingState {
+            lora,
+            optimizer,
+            scaler,
+            ..
+        } = self.engine.export();
         Checkpoint {
             state: RunState::new(
                 self.fingerprint.clone(),
+                self.engine.name(),
                 self.num_steps(),
                 self.num_groups,
-                self.optimizer.scaler(),
+                scaler,
             ),
-            lora: self.lora.values.clone(),
-            optimizer: self.optimizer.export(),
+            lora,
+            optimizer,
             metrics: self.metrics.clone(),
         }
     }
 
     /// Optimiser steps taken.
     pub fn num_steps(&self) -> u32 {
-        u32::try_from(self.optimizer.num_steps()).expect("a recipe's number of steps is 32 bits")
+        u32::try_from(self.engine.num_steps()).expect("a recipe's number of steps is 32 bits")
     }
 
     /// The LoRA as it is now.
-    pub fn lora(&self) -> &TrainableLora {
-        &self.lora
+    pub fn lora(&self) -> TrainableLora {
+        let mut lora = self.untrained.clone();
+        lora.values = self.engine.lora();
+        lora
+    }
+
+    /// The engine that does the work.
+    pub fn engine(&self) -> EngineName {
+        self.engine.name()
     }
 
     /// What every step did, skipped ones included.
@@ -128,22 +135,14 @@ impl<'a> Trainer<'a> {
         } = *self.recipe;
         let uses_per_group = u64::from(accumulation) * u64::from(micro_batch);
         let first_use = self.num_groups * uses_per_group;
-        let loss_factor = self.optimizer.loss_factor(accumulation);
-        let mut sum = GradientSum::new();
-        let mut sigma_sum = 0.0;
-        for micro in 0..u64::from(accumulation) {
-            let start = first_use + micro * u64::from(micro_batch);
-            let batch = self.data.batch(start, micro_batch as usize)?;
-            sigma_sum += batch.points.iter().map(|p| f64::from(p.sigma)).sum::<f64>();
-            sum.add(micro_step(
-                self.model,
-                &self.rope,
-                &self.lora,
-                &batch,
-                guidance as f32,
-                loss_factor,
-            ));
-        }
+        let batches = (0..u64::from(accumulation))
+            .map(|micro| {
+                let start = first_use + micro * u64::from(micro_batch);
+                self.data.batch(start, micro_batch as usize)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let points = batches.iter().flat_map(|batch| &batch.points);
+        let sigma_sum: f64 = points.map(|point| f64::from(point.sigma)).sum();
 
         let steps_before = self.num_steps();
         let learning_rate = self.schedule.at(
@@ -152,8 +151,8 @@ impl<'a> Trainer<'a> {
             self.recipe.warmup_steps.into(),
             self.recipe.steps.into(),
         );
-        let loss = sum.mean_loss();
-        let (outcome, _) = self.optimizer.step(&mut self.lora, sum, learning_rate);
+        let StepReport { loss, outcome } =
+            self.engine.step(&batches, guidance as f32, learning_rate);
         self.num_groups += 1;
         let row = MetricRow {
             step: steps_before + 1,

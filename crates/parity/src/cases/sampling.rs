@@ -3,7 +3,6 @@
 use autoencoder::Autoencoder;
 use console::Progress;
 use flow_matching::{Scheduler, SchedulerConfig, latent_seq_len};
-use mmdit::BaseWeights;
 use pipeline::recipe::LongText;
 use sample::{Conditioning, Denoising, Encoders, LoraChoice, LoraStack, TrueCfg, decode, denoise};
 use serde::Deserialize;
@@ -32,7 +31,7 @@ struct Params {
 /// One sampling run: latents behind every step, and the picture.
 pub fn sample(run: &mut CaseRun) -> Result<(), CaseError> {
     let params: Params = run.params()?;
-    let model = transformer::open(run, &cpu(), BaseWeights::Plain)?;
+    let mut engine = transformer::open_engine(run)?;
     let vae = Autoencoder::open(&run.set.model().join("vae"), &cpu(), Precision::F32)?;
     let cell_px = vae.config().scale_factor_px();
     let latent_cells = [params.height / cell_px, params.width / cell_px];
@@ -58,14 +57,15 @@ pub fn sample(run: &mut CaseRun) -> Result<(), CaseError> {
     } else {
         vec![]
     };
-    let adapters = LoraStack::read(&choices, model.config())?.adapters(&cpu());
+    let stack = LoraStack::read(&choices, engine.config())?;
+    engine.set_lora(&stack.factors());
     let has_cfg = params.true_cfg_scale > 1.0;
     let denoising = Denoising {
         schedule: &schedule,
         latents: run.tensor("in.latents", &cpu())?,
         latent_cells,
         conditioning: &conditioning,
-        guidance: model
+        guidance: engine
             .config()
             .guidance_embeds
             .then_some(params.guidance_scale),
@@ -78,7 +78,7 @@ pub fn sample(run: &mut CaseRun) -> Result<(), CaseError> {
             }),
     };
     let mut steps = Vec::new();
-    let latents = denoise(&model, &adapters, &denoising, |_, latents| {
+    let latents = denoise(engine.as_mut(), &denoising, |_, latents| {
         steps.push(latents.clone());
     });
     run.output_tensor("latents", &Tensor::stack::<4>(steps, 0));

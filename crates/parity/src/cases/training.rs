@@ -1,18 +1,21 @@
 //! `train_micro_*`, `train_opt_*`: crate `train` on given latents, noise and noise levels.
 
+use engine::micro::predict;
+use engine::{
+    GradientSum, Gradients, Input, LoraOptimizer, LossScaler, MicroBatch, MicroStep, Opening,
+    TrainableLora,
+};
+use flow_matching::model_time;
 use flow_matching::{Scheduler, SchedulerConfig, TrainingPoint, Weighting};
 use lora::LoraFile;
-use mmdit::{BaseWeights, Mmdit, Rope};
+use mmdit::{BaseWeights, Mmdit, Rope, unpatchify};
 use quant::{AdamWConfig, OptimizerKind, global_norm};
 use serde::Deserialize;
 use serde_json::Value;
+use std::path::Path;
 use tensor::device::{cpu, training};
-use tensor::to_f32;
+use tensor::{Precision, from_f32};
 use train::batch::{LatentScaling, sample_posterior};
-use train::micro::predict;
-use train::{
-    GradientSum, LoraOptimizer, LossScaler, MicroBatch, MicroStep, TrainableLora, micro_step,
-};
 
 use super::schedules::weighting;
 use super::transformer;
@@ -31,6 +34,8 @@ struct UnknownSetting {
 /// The model, the LoRA of the set in training form, and the training table.
 struct Setup {
     model: Mmdit,
+    gradients: Box<dyn Gradients>,
+    base: BaseWeights,
     lora: TrainableLora,
     scheduler: Scheduler,
     weighting: Weighting,
@@ -53,10 +58,14 @@ impl Setup {
             }
         };
         let model = transformer::open(run, &training(&cpu()), base)?;
+        let dir = run.set.model().join("transformer");
+        let gradients = engine::open_gradients(run.engine, &opening(&dir, base))?;
         let file = LoraFile::read(&run.set.lora(), &transformer::targets(model.config()))?;
         let path = run.set.model().join("scheduler/scheduler_config.json");
         Ok(Self {
             model,
+            gradients,
+            base,
             lora: TrainableLora::from_modules(file.modules),
             scheduler: Scheduler::new(SchedulerConfig::from_file(&path)?),
             weighting: weighting(scheme)?,
@@ -81,6 +90,16 @@ impl Setup {
     }
 }
 
+/// The set's transformer in `f32` on the CPU.
+fn opening(dir: &Path, base: BaseWeights) -> Opening<'_> {
+    Opening {
+        dir,
+        device: cpu(),
+        precision: Precision::F32,
+        base,
+    }
+}
+
 #[derive(Deserialize)]
 struct MicroParams {
     base: String,
@@ -95,7 +114,7 @@ struct MicroParams {
 /// One micro-step: posterior draw, noising, prediction, loss, and the gradient of every LoRA tensor.
 pub fn micro(run: &mut CaseRun) -> Result<(), CaseError> {
     let params: MicroParams = run.params()?;
-    let setup = Setup::open(run, &params.base, &params.weighting_scheme)?;
+    let mut setup = Setup::open(run, &params.base, &params.weighting_scheme)?;
     if let Value::Array(modules) = &params.quantised_modules {
         let mut expected: Vec<&str> = modules.iter().filter_map(Value::as_str).collect();
         let linears = setup.model.config().linears();
@@ -144,10 +163,34 @@ pub fn micro(run: &mut CaseRun) -> Result<(), CaseError> {
     let prediction = predict(&setup.model, &rope, &leaves.adapters, &batch, guidance);
     run.output_tensor("noisy", &prediction.noisy);
     run.output_tensor("target", &prediction.target);
-    run.output_tensor("pred", &prediction.velocity);
-    run.output_f32("loss", to_f32(&prediction.loss), &[]);
+    let mut engine = engine::open(
+        run.engine,
+        &opening(&run.set.model().join("transformer"), setup.base),
+    )?;
+    engine.set_lora(&setup.lora.factors());
+    let [noisy, _] = batch.noisy_and_target();
+    let times = batch.points.iter().map(|point| model_time(point.timestep));
+    let has_guidance = engine.config().guidance_embeds;
+    let velocity = engine.velocity(&Input {
+        hidden_states: &noisy,
+        encoder_hidden_states: &batch.prompt_embeds,
+        pooled_projections: &batch.pooled,
+        timestep: &times.collect::<Vec<f32>>(),
+        guidance: has_guidance.then(|| vec![guidance; batch.len()]).as_deref(),
+        positions: &batch.positions(),
+    });
+    let [b, _, h, w] = shape;
+    let channels = engine.config().velocity_channels();
+    let tokens = [b, velocity.len() / (b * channels).max(1), channels];
+    run.output_tensor(
+        "pred",
+        &unpatchify(from_f32(velocity, tokens, &cpu()), h, w),
+    );
 
-    let step = micro_step(&setup.model, &rope, &setup.lora, &batch, guidance, 1.0);
+    let step = setup
+        .gradients
+        .micro_step(&setup.lora, &batch, guidance, 1.0);
+    run.output_f32("loss", vec![step.loss], &[]);
     run.output_f32("grad_norm", vec![global_norm(&step.gradients)], &[]);
     output_tensors(run, "grad.", &setup, step.gradients);
     Ok(())
@@ -378,15 +421,10 @@ fn take_step(
     let mut losses = Vec::new();
     let mut sum = GradientSum::new();
     for batch in group {
-        let (rope, guidance) = (setup.rope(batch), params.guidance_scale);
-        let micro = micro_step(
-            &setup.model,
-            &rope,
-            &setup.lora,
-            batch,
-            guidance,
-            loss_factor,
-        );
+        let guidance = params.guidance_scale;
+        let micro = setup
+            .gradients
+            .micro_step(&setup.lora, batch, guidance, loss_factor);
         losses.push(micro.loss);
         sum.add(micro);
     }

@@ -2,14 +2,15 @@
 
 use std::path::Path;
 
+use engine::{Engine, Factors, Input, Opening};
 use lora::{LoraFile, Target};
 use mmdit::{
-    Adapter, Adapters, BaseWeights, LoadOptions, Mmdit, MmditConfig, MmditInput, Rope,
-    embed::sinusoids, image_ids, patchify, unpatchify,
+    Adapters, BaseWeights, LoadOptions, Mmdit, MmditConfig, MmditInput, Rope, embed::sinusoids,
+    image_ids, patchify, unpatchify,
 };
 use serde::Deserialize;
 use tensor::device::cpu;
-use tensor::{Device, Precision, Tensor};
+use tensor::{Device, Precision, Tensor, from_f32, to_f32};
 
 use crate::checker::{CaseError, CaseRun};
 use crate::compare::Values;
@@ -32,16 +33,29 @@ pub(super) fn targets(config: &MmditConfig) -> Vec<Target> {
         .collect()
 }
 
-/// A LoRA's factors on a device, at a strength.
-pub(super) fn adapters(file: &LoraFile, strength: f32, device: &Device) -> Adapters {
-    let mut adapters = Adapters::none();
-    for (path, module) in &file.modules {
-        let (a, b) = (module.a.clone(), module.b.clone());
-        let scale = module.scale() * strength;
-        let adapter = Adapter::from_values(a, b, module.rank, scale, device);
-        adapters.push(path.clone(), adapter);
-    }
-    adapters
+/// The set's transformer in the run's engine, in `f32` on the CPU.
+pub(super) fn open_engine(run: &CaseRun) -> Result<Box<dyn Engine>, CaseError> {
+    let opening = Opening {
+        dir: &run.set.model().join("transformer"),
+        device: cpu(),
+        precision: Precision::F32,
+        base: BaseWeights::Plain,
+    };
+    Ok(engine::open(run.engine, &opening)?)
+}
+
+/// A LoRA's factors at a strength.
+pub(super) fn factors(file: &LoraFile, strength: f32) -> Vec<Factors> {
+    let modules = file.modules.iter();
+    modules
+        .map(|(path, module)| Factors {
+            path: path.clone(),
+            rank: module.rank,
+            scale: module.scale() * strength,
+            a: module.a.clone(),
+            b: module.b.clone(),
+        })
+        .collect()
 }
 
 /// Tokens of a latent, their positions, and the rotation by position.
@@ -125,6 +139,7 @@ struct Inputs {
     pooled_projections: Tensor<2>,
     timestep: Vec<f32>,
     guidance: Option<Vec<f32>>,
+    positions: Vec<[f32; 3]>,
     rope: Rope,
 }
 
@@ -139,6 +154,7 @@ impl Inputs {
             timestep: run.f32("in.timestep")?.0,
             guidance: given_guidance(run)?,
             rope: Rope::new(config, &positions_of_all, &cpu()),
+            positions: positions_of_all,
         })
     }
 
@@ -154,18 +170,37 @@ impl Inputs {
     }
 }
 
+/// The engine's velocity on a case's inputs, under factors or without any.
+fn velocity_of(engine: &mut dyn Engine, inputs: &Inputs, factors: &[Factors]) -> Tensor<3> {
+    engine.set_lora(factors);
+    let [b, n, _] = inputs.hidden_states.dims();
+    let velocity = engine.velocity(&Input {
+        hidden_states: &to_f32(&inputs.hidden_states),
+        encoder_hidden_states: &to_f32(&inputs.encoder_hidden_states),
+        pooled_projections: &to_f32(&inputs.pooled_projections),
+        timestep: &inputs.timestep,
+        guidance: inputs.guidance.as_deref(),
+        positions: &inputs.positions,
+    });
+    from_f32(
+        velocity,
+        [b, n, engine.config().velocity_channels()],
+        &cpu(),
+    )
+}
+
 /// The velocity on a case's inputs, under a LoRA file at a strength or without any.
 pub fn velocity(run: &CaseRun, lora: Option<(&Path, f32)>) -> Result<Tensor<3>, CaseError> {
-    let model = open(run, &cpu(), BaseWeights::Plain)?;
-    let inputs = Inputs::read(run, model.config())?;
-    let adapters = match lora {
+    let mut engine = open_engine(run)?;
+    let inputs = Inputs::read(run, engine.config())?;
+    let factors = match lora {
         Some((path, strength)) => {
-            let file = LoraFile::read(path, &targets(model.config()))?;
-            adapters(&file, strength, &cpu())
+            let file = LoraFile::read(path, &targets(engine.config()))?;
+            factors(&file, strength)
         }
-        None => Adapters::none(),
+        None => Vec::new(),
     };
-    Ok(model.forward(&inputs.as_input(), &adapters))
+    Ok(velocity_of(engine.as_mut(), &inputs, &factors))
 }
 
 /// One forward pass: without a LoRA (block by block where the reference has that), and with the set's LoRA, read
@@ -173,9 +208,10 @@ pub fn velocity(run: &CaseRun, lora: Option<(&Path, f32)>) -> Result<Tensor<3>, 
 pub fn forward(run: &mut CaseRun) -> Result<(), CaseError> {
     let model = open(run, &cpu(), BaseWeights::Plain)?;
     let inputs = Inputs::read(run, model.config())?;
-    let input = inputs.as_input();
-    let (velocity, trace) = model.forward_traced(&input, &Adapters::none());
+    let mut engine = open_engine(run)?;
+    let velocity = velocity_of(engine.as_mut(), &inputs, &[]);
     run.output_tensor("velocity", &velocity);
+    let (_, trace) = model.forward_traced(&inputs.as_input(), &Adapters::none());
     if run.has("out.temb") {
         run.output_tensor("temb", &trace.temb);
         run.output_tensor("norm_out", &trace.norm_out);
@@ -195,9 +231,9 @@ pub fn forward(run: &mut CaseRun) -> Result<(), CaseError> {
         let Ok(strength) = output["velocity_lora_".len()..].parse() else {
             continue; // not compared, so it ends as a failure
         };
-        let found = model.forward(&input, &adapters(&diffusers, strength, &cpu()));
+        let found = velocity_of(engine.as_mut(), &inputs, &factors(&diffusers, strength));
         run.output_tensor(output, &found);
-        let found = model.forward(&input, &adapters(&kohya, strength, &cpu()));
+        let found = velocity_of(engine.as_mut(), &inputs, &factors(&kohya, strength));
         let values = Values::F32(tensor::to_f32(&found));
         let (expected, shape) = run.values(&full)?;
         let name = format!("{output} (kohya keys)");

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use engine::portable::PortableGradients;
+use engine::{HostEngine, LoraOptimizer};
 use pipeline::files;
 use pipeline::recipe::{BaseFormat, Optimizer, PrecisionChoice, Recipe};
 
 use super::support::{World, recipe};
-use crate::{TrainableLora, Trainer, checkpoint, run};
+use crate::{TrainError, Trainer, checkpoint, run, untrained_lora};
 
 fn lora_bytes(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join(files::LORA)).expect("the stage wrote it")
@@ -102,6 +104,44 @@ fn a_checkpoint_of_another_run_is_passed_over() {
 }
 
 #[test]
+fn a_run_goes_on_with_the_engine_that_began_it_and_no_other() {
+    let world = World::new(4);
+    for (engine, other) in [("cpu", "portable"), ("portable", "auto")] {
+        let mut context = world.context(engine, recipe());
+        context.options.engine = engine.to_owned();
+        run(&context).expect("a run");
+        context.options.engine = other.to_owned();
+        let error = run(&context).expect_err("another engine");
+        assert!(
+            matches!(error, TrainError::OtherEngine { began, .. } if began.to_string() == engine),
+            "{error}"
+        );
+        context.options.engine = engine.to_owned();
+        assert_eq!(run(&context).expect("a run").counts["resumed_at_step"], 6);
+    }
+}
+
+#[test]
+fn engines_train_to_the_same_losses_within_rounding() {
+    let world = World::new(4);
+    let mut recipe = recipe();
+    // Eight-bit states turn a difference in rounding into one of a code now and then.
+    recipe.train.optimizer = Optimizer::AdamW;
+    let losses = |engine: &str| -> Vec<f32> {
+        let mut context = world.context(engine, recipe.clone());
+        context.options.engine = engine.to_owned();
+        run(&context).expect("a run");
+        let rows = artifacts::metrics::read(&context.path(files::METRICS)).expect("readable");
+        rows.iter().map(|row| row.loss).collect()
+    };
+    let (cpu, portable) = (losses("cpu"), losses("portable"));
+    assert_eq!(cpu.len(), 6);
+    for (cpu, portable) in cpu.iter().zip(&portable) {
+        assert!((cpu - portable).abs() < 1e-3 * portable, "{cpu} {portable}");
+    }
+}
+
+#[test]
 fn the_newest_checkpoints_are_kept_and_every_lora() {
     let world = World::new(4);
     let context = world.context("train", recipe());
@@ -141,8 +181,11 @@ fn two_micro_batches_of_one_are_one_of_two() {
         let mut recipe = recipe().train;
         recipe.optimizer = Optimizer::AdamW;
         (recipe.micro_batch, recipe.accumulation) = (micro_batch, accumulation);
-        let lora = TrainableLora::untrained(model.config(), &recipe).expect("known targets");
-        let mut trainer = Trainer::new(&model, &data, &recipe, lora, String::new());
+        let lora = untrained_lora(model.config(), &recipe).expect("known targets");
+        let gradients = Box::new(PortableGradients::new(model.clone()));
+        let optimizer = LoraOptimizer::of(&recipe, &lora);
+        let engine = Box::new(HostEngine::new(gradients, lora.clone(), optimizer));
+        let mut trainer = Trainer::new(engine, &data, &recipe, lora, String::new());
         (0..3)
             .map(|_| trainer.step().expect("a step"))
             .collect::<Vec<_>>()

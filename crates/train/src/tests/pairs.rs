@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::support::World;
 
 /// Text tokens of each sample tell its caption apart, latents its image.
-fn fingerprints(batch: &crate::MicroBatch) -> Vec<(Vec<u32>, Vec<u32>)> {
+fn fingerprints(batch: &engine::MicroBatch) -> Vec<(Vec<u32>, Vec<u32>)> {
     let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
     let per_sample = |values: &[f32]| -> Vec<Vec<u32>> {
         values

@@ -288,6 +288,7 @@ impl World {
                 .into(),
             options: RunOptions {
                 device: "cpu".to_owned(),
+                engine: "auto".to_owned(),
                 threads: None,
                 batch: None,
                 json: false,

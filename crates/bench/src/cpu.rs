@@ -1,0 +1,389 @@
+//! A training step and a sampling step of the base `small` on the CPU.
+//!
+//! 128 px through a VAE ÷4 are 256 image tokens, with 64 text tokens; 2 double and 3 single blocks of width 256; LoRA
+//! of rank 4 on the recipe's targets; a training step is a batch of four with noising, loss, backward pass, clipping
+//! and AdamW. Weights are random. Figures are medians over the steps before and after PyTorch's turn, so that a
+//! machine that slows down meanwhile slows both.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use console::{print_document, print_line};
+use engine::cpu::Cpu;
+use engine::portable::{Portable, PortableGradients};
+use engine::{
+    Engine, EngineName, Factors, Gradients, HostEngine, Input, LoraOptimizer, LossScaler,
+    MicroBatch, TrainableLora, TrainingEngine,
+};
+use engine_cpu::Transformer;
+use flow_matching::{Purpose, Stream, TrainingPoint};
+use lora::LoraModule;
+use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
+use pipeline::Failure;
+use quant::{AdamWConfig, OptimizerKind};
+use random_base::{Part, Preset, initial_values};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tensor::device::{cpu, training};
+use tensor::{Device, Precision, Weights};
+
+use crate::peer::{Peer, PeerError};
+
+const TEXT_TOKENS: usize = 64;
+const LATENT_CELLS: usize = 32;
+const BATCH: usize = 4;
+const RANK: usize = 4;
+const TARGETS: [&str; 4] = [".to_q", ".to_k", ".to_v", ".to_out.0"];
+
+/// Figures by PyTorch's names for them.
+const FIGURES: [&str; 4] = [
+    "training_step",
+    "sampling_step",
+    "sampling_step_of_4",
+    "sampling_step_with_lora",
+];
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct CpuBench {
+    /// An interpreter with torch, diffusers and peft, if PyTorch is to be measured.
+    pub python: Option<PathBuf>,
+    /// `docs/benchmarks/cpu_step.py`.
+    pub script: PathBuf,
+    /// Steps of each kind, after three that are not counted; half of them before PyTorch's turn.
+    pub repeats: usize,
+    /// Whether the portable engine is measured too.
+    pub portable: bool,
+    /// Print one JSON document on stdout, and nothing else there.
+    pub json: bool,
+}
+
+/// Why there are no figures.
+#[derive(Debug, thiserror::Error)]
+enum BenchError {
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    #[error(transparent)]
+    Transformer(#[from] mmdit::MmditError),
+    #[error(transparent)]
+    Config(#[from] mmdit::ConfigError),
+    #[error("cannot write the configuration of the transformer")]
+    Write(#[from] std::io::Error),
+}
+
+impl pipeline::StageError for BenchError {
+    fn kind(&self) -> pipeline::FailureKind {
+        match self {
+            Self::Peer(error) => error.kind(),
+            _ => pipeline::FailureKind::Failed,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            Self::Peer(error) => error.help(),
+            _ => None,
+        }
+    }
+}
+
+/// Median and least, in seconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Seconds {
+    median_s: f64,
+    least_s: f64,
+    repeats: usize,
+}
+
+impl Seconds {
+    fn of(mut times: Vec<f64>) -> Self {
+        times.sort_by(f64::total_cmp);
+        Self {
+            median_s: times.get(times.len() / 2).copied().unwrap_or(f64::NAN),
+            least_s: times.first().copied().unwrap_or(f64::NAN),
+            repeats: times.len(),
+        }
+    }
+}
+
+/// Measures and prints; gives the exit code.
+pub fn run(bench: &CpuBench) -> u8 {
+    match measure(bench) {
+        Ok(document) => {
+            if bench.json {
+                print_document(&document);
+            } else {
+                tell(&document);
+            }
+            0
+        }
+        Err(error) => {
+            let failure = Failure::from(error);
+            if bench.json {
+                print_document(&json!({ "error": failure.to_json() }));
+            }
+            console::tell(&failure);
+            failure.kind().exit_code()
+        }
+    }
+}
+
+fn tell(document: &Value) {
+    let milliseconds = |value: &Value| {
+        value["median_s"]
+            .as_f64()
+            .map(|s| format!("{:.1} ms", 1e3 * s))
+    };
+    for figure in FIGURES {
+        let mut line = format!("{figure}:");
+        for engine in ["cpu", "portable", "pytorch"] {
+            if let Some(time) = milliseconds(&document[engine][figure]) {
+                line += &format!(" {engine} {time}");
+            }
+        }
+        if let Some(ratio) = document["times_pytorch_speed"][figure].as_f64() {
+            line += &format!(" ({ratio:.2} times PyTorch's speed)");
+        }
+        print_line(&line);
+    }
+}
+
+fn measure(bench: &CpuBench) -> Result<Value, BenchError> {
+    let model = Model::new()?;
+    let mut names = vec![EngineName::Cpu];
+    if bench.portable {
+        names.push(EngineName::Portable);
+    }
+    let mut contestants = names
+        .into_iter()
+        .map(|name| Contestant::new(name, &model))
+        .collect::<Result<Vec<_>, _>>()?;
+    let num_threads = rayon::current_num_threads();
+    let half = bench.repeats.div_ceil(2);
+    for contestant in &mut contestants {
+        contestant.measure(half);
+    }
+    let peer = match &bench.python {
+        Some(python) => Some(Peer::run(
+            python,
+            &bench.script,
+            num_threads,
+            bench.repeats,
+        )?),
+        None => None,
+    };
+    for contestant in &mut contestants {
+        contestant.measure(half);
+    }
+
+    let mut document = json!({
+        "model": "small: 2 double and 3 single blocks of width 256, 256 image and 64 text tokens",
+        "threads": num_threads,
+        "processor": processor(),
+        "training_batch": BATCH,
+        "lora_rank": RANK,
+    });
+    for contestant in &contestants {
+        let figures: BTreeMap<&str, Seconds> = contestant
+            .times
+            .iter()
+            .map(|(figure, times)| (*figure, Seconds::of(times.clone())))
+            .collect();
+        document[contestant.name.to_string()] = json!(figures);
+    }
+    if let Some(peer) = peer {
+        let mut ratios = BTreeMap::new();
+        for figure in FIGURES {
+            let [median, _] = peer.seconds(figure)?;
+            let ours = document["cpu"][figure]["median_s"]
+                .as_f64()
+                .unwrap_or(f64::NAN);
+            ratios.insert(figure, median / ours);
+        }
+        document["pytorch"] = peer.document;
+        document["times_pytorch_speed"] = json!(ratios);
+    }
+    Ok(document)
+}
+
+/// What the system calls the processor, where it says so.
+fn processor() -> Option<String> {
+    let text = fs_err::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// The transformer of the base `small`, in memory.
+struct Model {
+    config: MmditConfig,
+    weights: Weights,
+}
+
+impl Model {
+    fn new() -> Result<Self, BenchError> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("config.json");
+        fs_err::write(&path, Preset::Small.transformer().to_string())?;
+        let config = MmditConfig::from_file(&path)?;
+        let parameters = config.parameters().into_iter();
+        let weights = Weights::from_values(parameters.map(|spec| {
+            let values = initial_values(Part::Transformer, &spec, 0);
+            (spec, values)
+        }));
+        Ok(Self { config, weights })
+    }
+
+    fn portable(&self, device: Device) -> Result<Mmdit, mmdit::MmditError> {
+        let options = LoadOptions {
+            device,
+            precision: Precision::F32,
+            base: BaseWeights::Plain,
+        };
+        Mmdit::load(&self.weights, self.config.clone(), &options)
+    }
+
+    fn by_hand(&self) -> Result<Cpu, mmdit::MmditError> {
+        let transformer =
+            Transformer::load(&self.weights, self.config.clone(), BaseWeights::Plain)?;
+        Ok(Cpu::new(transformer))
+    }
+
+    fn lora(&self) -> TrainableLora {
+        let layers = self.config.linears().into_iter();
+        let targets =
+            layers.filter(|layer| TARGETS.iter().any(|target| layer.path.ends_with(target)));
+        let modules = targets.map(|layer| {
+            let mut stream = Stream::new(0, Purpose::LoraInit, 0, &layer.path);
+            let (inputs, outputs) = (layer.in_features, layer.out_features);
+            let module =
+                LoraModule::gaussian(RANK, RANK as f32, inputs, outputs, || stream.normal());
+            (layer.path, module)
+        });
+        TrainableLora::from_modules(modules.collect())
+    }
+
+    fn batch(&self, samples: usize) -> MicroBatch {
+        let channels = self.config.in_channels / 4;
+        let normals =
+            |key: &str, count: usize| Stream::new(0, Purpose::Noise, 0, key).normals(count);
+        let point = |sample: usize| {
+            let sigma = (sample as f32 + 0.5) / samples as f32;
+            TrainingPoint {
+                index: 0,
+                timestep: 1000.0 * sigma,
+                sigma,
+                weight: 1.0,
+            }
+        };
+        let cells = LATENT_CELLS * LATENT_CELLS;
+        MicroBatch {
+            shape: [samples, channels, LATENT_CELLS, LATENT_CELLS],
+            model_input: normals("latents", samples * channels * cells),
+            noise: normals("noise", samples * channels * cells),
+            points: (0..samples).map(point).collect(),
+            text_shape: [TEXT_TOKENS, self.config.joint_attention_dim],
+            prompt_embeds: normals(
+                "text",
+                samples * TEXT_TOKENS * self.config.joint_attention_dim,
+            ),
+            pooled: normals("pooled", samples * self.config.pooled_projection_dim),
+        }
+    }
+}
+
+/// One engine with everything that it is measured on.
+struct Contestant {
+    name: EngineName,
+    drawing: Box<dyn Engine>,
+    training: HostEngine,
+    factors: Vec<Factors>,
+    batches: [MicroBatch; 2],
+    times: BTreeMap<&'static str, Vec<f64>>,
+}
+
+impl Contestant {
+    fn new(name: EngineName, model: &Model) -> Result<Self, BenchError> {
+        let (drawing, gradients): (Box<dyn Engine>, Box<dyn Gradients>) = match name {
+            EngineName::Cpu => (Box::new(model.by_hand()?), Box::new(model.by_hand()?)),
+            EngineName::Portable => (
+                Box::new(Portable::new(model.portable(cpu())?)),
+                Box::new(PortableGradients::new(model.portable(training(&cpu()))?)),
+            ),
+        };
+        let lora = model.lora();
+        let config = AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 1e-4,
+        };
+        let optimizer = LoraOptimizer::new(
+            OptimizerKind::AdamW,
+            config,
+            1.0,
+            LossScaler::fixed(),
+            &lora,
+        );
+        Ok(Self {
+            name,
+            drawing,
+            factors: lora.factors(),
+            training: HostEngine::new(gradients, lora, optimizer),
+            batches: [model.batch(1), model.batch(BATCH)],
+            times: BTreeMap::new(),
+        })
+    }
+
+    fn measure(&mut self, repeats: usize) {
+        let Self {
+            drawing,
+            training,
+            factors,
+            batches: [one, four],
+            times,
+            ..
+        } = self;
+        let mut take = |figure, step: &mut dyn FnMut()| {
+            for round in 0..repeats + 3 {
+                let start = Instant::now();
+                step();
+                if round >= 3 {
+                    times
+                        .entry(figure)
+                        .or_default()
+                        .push(start.elapsed().as_secs_f64());
+                }
+            }
+        };
+        drawing.set_lora(&[]);
+        take("sampling_step", &mut || draw(drawing.as_mut(), one));
+        take("sampling_step_of_4", &mut || draw(drawing.as_mut(), four));
+        drawing.set_lora(factors);
+        take("sampling_step_with_lora", &mut || {
+            draw(drawing.as_mut(), one)
+        });
+        let batch = std::slice::from_ref(four);
+        take("training_step", &mut || {
+            training.step(batch, 1.0, 1e-3);
+        });
+    }
+}
+
+/// A sampling step: the velocity and the Euler update.
+fn draw(engine: &mut dyn Engine, batch: &MicroBatch) {
+    let [mut latents, _] = batch.noisy_and_target();
+    let times: Vec<f32> = batch.points.iter().map(|point| point.sigma).collect();
+    let velocity = engine.velocity(&Input {
+        hidden_states: &latents,
+        encoder_hidden_states: &batch.prompt_embeds,
+        pooled_projections: &batch.pooled,
+        timestep: &times,
+        guidance: None,
+        positions: &batch.positions(),
+    });
+    for (latent, velocity) in latents.iter_mut().zip(velocity) {
+        *latent -= 0.02 * velocity;
+    }
+    std::hint::black_box(latents);
+}

@@ -1,0 +1,9 @@
+//! How fast the transformer is, beside the same model in PyTorch, in the same run on the same cores.
+//!
+//! * [`cpu`]: a training step and a sampling step of the base `small`. * [`peer`]: PyTorch's side.
+#![forbid(unsafe_code)]
+
+pub mod cpu;
+pub mod peer;
+
+pub use cpu::{CpuBench, run};

@@ -1,0 +1,177 @@
+//! What draws and trains with the transformer, whichever execution of the network does the work.
+//!
+//! | engine | network | device | precision |
+//! |---|---|---|---|
+//! | `portable` | `mmdit`, differentiated by Burn | any | any |
+//! | `cpu` | `engine-cpu`, scheduled by hand | the CPU | f32 |
+//!
+//! Two traits, everything at their boundary plain row-major `f32`: [`Engine`] says velocities, [`TrainingEngine`] owns
+//! a LoRA's master values and the optimiser's state and takes whole steps, so that an engine with memory of its own
+//! may keep both there. [`HostEngine`] is the second for engines that only give gradients.
+//!
+//! Engines agree within rounding and not to the bit, so a checkpoint names the engine that made it.
+//!
+//! * [`choice`]: which one. * [`batch`]: what a training step is given. * [`lora_state`]: the factors being trained.
+//! * [`optimise`]: gradients into a step. * [`host`]: steps of engines that give gradients.
+//! * [`micro`], [`portable`]: Burn. * [`cpu`]: the CPU by hand.
+#![forbid(unsafe_code)]
+
+pub mod batch;
+pub mod lora_state;
+pub mod optimise;
+
+pub mod choice;
+pub mod host;
+
+pub mod micro;
+
+pub mod cpu;
+pub mod portable;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+
+use mmdit::{BaseWeights, MmditConfig, MmditError};
+use quant::{QuantError, StatePart};
+use tensor::{Device, Precision};
+
+pub use batch::MicroBatch;
+pub use choice::{EngineChoice, EngineError, EngineName};
+pub use engine_cpu::{Factors, Input};
+pub use host::{Gradients, HostEngine};
+pub use lora_state::TrainableLora;
+pub use micro::MicroStep;
+pub use optimise::{GradientSum, LoraOptimizer, LossScaler, StepOutcome};
+
+/// The network with frozen weights, for drawing.
+pub trait Engine {
+    /// Which one it is.
+    fn name(&self) -> EngineName;
+
+    /// The network's sizes.
+    fn config(&self) -> &MmditConfig;
+
+    /// Replaces the LoRAs; several on one layer add up.
+    ///
+    /// # Panics
+    ///
+    /// If factors are on a layer that the network has not, or are not of its size.
+    fn set_lora(&mut self, factors: &[Factors]);
+
+    /// The velocity of each image token: `(b, n, velocity channels)`, row-major.
+    ///
+    /// # Panics
+    ///
+    /// If the sizes of the inputs do not agree with one another or with the network's, or guidance is given to a
+    /// network without guidance embedding (or withheld from one with it).
+    fn velocity(&mut self, input: &Input<'_>) -> Vec<f32>;
+}
+
+/// A LoRA in training, its optimiser, and the network under it.
+pub trait TrainingEngine {
+    /// Which one it is.
+    fn name(&self) -> EngineName;
+
+    /// Optimiser steps taken; skipped ones do not count.
+    fn num_steps(&self) -> u64;
+
+    /// One optimiser step on some micro-batches: their gradients' mean, clipped, through AdamW, unless one of them is
+    /// not finite.
+    ///
+    /// # Panics
+    ///
+    /// If a batch's sizes are not the network's.
+    fn step(&mut self, batches: &[MicroBatch], guidance: f32, learning_rate: f64) -> StepReport;
+
+    /// The LoRA's values as they are now, in the order of [`TrainableLora::names`].
+    fn lora(&self) -> Vec<Vec<f32>>;
+
+    /// Everything that a later run continues from.
+    fn export(&self) -> TrainingState;
+
+    /// Continues from a saved state. On an error nothing has changed.
+    ///
+    /// # Errors
+    ///
+    /// If the optimiser's arrays are not those of this LoRA and optimiser.
+    fn import(&mut self, state: TrainingState) -> Result<(), QuantError>;
+}
+
+/// What became of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// Mean loss of the micro-batches, before the step.
+    pub loss: f32,
+    /// What the optimiser did.
+    pub outcome: StepOutcome,
+}
+
+/// What a training engine continues from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainingState {
+    /// Optimiser steps taken.
+    pub num_steps: u64,
+    /// The LoRA's values, in the order of [`TrainableLora::names`].
+    pub lora: Vec<Vec<f32>>,
+    /// The optimiser's moments.
+    pub optimizer: Vec<StatePart>,
+    /// The loss scaler.
+    pub scaler: LossScaler,
+}
+
+/// Which network, and how it is wanted.
+#[derive(Clone, Debug)]
+pub struct Opening<'a> {
+    /// Its folder in diffusers' layout.
+    pub dir: &'a Path,
+    /// Where it computes.
+    pub device: Device,
+    /// What it computes in.
+    pub precision: Precision,
+    /// In what form its linear layers are kept.
+    pub base: BaseWeights,
+}
+
+/// Loads the network for drawing.
+///
+/// # Errors
+///
+/// If its configuration or weights cannot be used.
+pub fn open(name: EngineName, opening: &Opening<'_>) -> Result<Box<dyn Engine>, MmditError> {
+    Ok(match name {
+        EngineName::Portable => Box::new(portable::Portable::open(opening)?),
+        EngineName::Cpu => Box::new(cpu::Cpu::open(opening)?),
+    })
+}
+
+/// Loads the network to train a LoRA on it.
+///
+/// # Errors
+///
+/// If its configuration or weights cannot be used.
+pub fn open_training(
+    name: EngineName,
+    opening: &Opening<'_>,
+    lora: TrainableLora,
+    optimizer: LoraOptimizer,
+) -> Result<Box<dyn TrainingEngine>, MmditError> {
+    let gradients = open_gradients(name, opening)?;
+    Ok(Box::new(HostEngine::new(gradients, lora, optimizer)))
+}
+
+/// Loads the network for the gradients of single micro-batches.
+///
+/// # Errors
+///
+/// If its configuration or weights cannot be used.
+pub fn open_gradients(
+    name: EngineName,
+    opening: &Opening<'_>,
+) -> Result<Box<dyn Gradients>, MmditError> {
+    Ok(match name {
+        EngineName::Portable => Box::new(portable::PortableGradients::open(opening)?),
+        EngineName::Cpu => Box::new(cpu::Cpu::open(opening)?),
+    })
+}

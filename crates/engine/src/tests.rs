@@ -1,0 +1,175 @@
+//! The two engines on one model: velocities, steps, and a state that goes out and in again.
+
+use std::collections::BTreeMap;
+
+use flow_matching::TrainingPoint;
+use lora::LoraModule;
+use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
+use quant::{AdamWConfig, OptimizerKind};
+use tensor::device::{cpu, training};
+use tensor::{Precision, Weights};
+
+use super::*;
+
+fn numbers(seed: usize, count: usize) -> Vec<f32> {
+    let mut state = seed as u32 * 7919 + 1;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn weights() -> Weights {
+    let parameters = MmditConfig::tiny().parameters().into_iter().enumerate();
+    Weights::from_values(parameters.map(|(seed, spec)| {
+        let inputs = spec.shape.last().copied().unwrap_or(1) as f32;
+        let values = numbers(seed, spec.num_elements() as usize);
+        (
+            spec,
+            values.iter().map(|v| v * (3.0 / inputs).sqrt()).collect(),
+        )
+    }))
+}
+
+fn mmdit(device: Device) -> Mmdit {
+    let options = LoadOptions {
+        device,
+        precision: Precision::F32,
+        base: BaseWeights::Plain,
+    };
+    Mmdit::load(&weights(), MmditConfig::tiny(), &options).expect("all are there")
+}
+
+fn by_hand() -> cpu::Cpu {
+    let transformer =
+        engine_cpu::Transformer::load(&weights(), MmditConfig::tiny(), BaseWeights::Plain)
+            .expect("all are there");
+    cpu::Cpu::new(transformer)
+}
+
+fn lora() -> TrainableLora {
+    let layers = MmditConfig::tiny().linears().into_iter().enumerate();
+    let modules: BTreeMap<String, LoraModule> = layers
+        .filter(|(_, layer)| layer.path.contains("attn"))
+        .map(|(seed, layer)| {
+            let (i, o) = (layer.in_features, layer.out_features);
+            let module =
+                LoraModule::new(3.0, i, o, numbers(seed, 2 * i), numbers(seed + 90, 2 * o));
+            (layer.path, module)
+        })
+        .collect();
+    TrainableLora::from_modules(modules)
+}
+
+fn optimizer(lora: &TrainableLora) -> LoraOptimizer {
+    let config = AdamWConfig {
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 1e-2,
+    };
+    let kind = OptimizerKind::AdamW8bit { min_8bit_size: 1 };
+    LoraOptimizer::new(kind, config, 1.0, LossScaler::fixed(), lora)
+}
+
+fn batch(seed: usize) -> MicroBatch {
+    let config = MmditConfig::tiny();
+    let point = |sigma: f32, weight| TrainingPoint {
+        index: 0,
+        sigma,
+        timestep: 1000.0 * sigma,
+        weight,
+    };
+    MicroBatch {
+        shape: [2, 2, 4, 6],
+        model_input: numbers(seed, 96),
+        noise: numbers(seed + 1, 96),
+        points: vec![point(0.25, 1.0), point(0.875, 0.5)],
+        text_shape: [3, config.joint_attention_dim],
+        prompt_embeds: numbers(seed + 2, 2 * 3 * config.joint_attention_dim),
+        pooled: numbers(seed + 3, 2 * config.pooled_projection_dim),
+    }
+}
+
+fn both() -> [Box<dyn Gradients>; 2] {
+    let portable = portable::PortableGradients::new(mmdit(training(&cpu())));
+    [Box::new(portable), Box::new(by_hand())]
+}
+
+/// Relative to the norm.
+fn difference(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+    norm(&mut found.iter().zip(expected).map(|(f, e)| f - e))
+        / norm(&mut expected.iter().copied()).max(f32::MIN_POSITIVE)
+}
+
+#[test]
+fn engines_agree_on_loss_and_gradients() {
+    let lora = lora();
+    let [portable, cpu] = both().map(|mut engine| engine.micro_step(&lora, &batch(500), 2.0, 0.25));
+    assert!(
+        (portable.loss - cpu.loss).abs() < 1e-5 * portable.loss,
+        "{portable:?} {cpu:?}"
+    );
+    for ((name, expected), found) in lora
+        .names()
+        .iter()
+        .zip(&portable.gradients)
+        .zip(&cpu.gradients)
+    {
+        let difference = difference(found, expected);
+        assert!(difference < 3e-5, "{name}: {difference}");
+    }
+}
+
+#[test]
+fn engines_agree_on_the_velocity_under_a_lora() {
+    let config = MmditConfig::tiny();
+    let batch = batch(600);
+    let [noisy, _] = batch.noisy_and_target();
+    let positions = batch.positions();
+    let input = Input {
+        hidden_states: &noisy,
+        encoder_hidden_states: &batch.prompt_embeds,
+        pooled_projections: &batch.pooled,
+        timestep: &[0.3, 0.9],
+        guidance: Some(&[1.0, 3.5]),
+        positions: &positions,
+    };
+    let engines: [Box<dyn Engine>; 2] = [
+        Box::new(portable::Portable::new(mmdit(cpu()))),
+        Box::new(by_hand()),
+    ];
+    let [expected, found] = engines.map(|mut engine| {
+        assert_eq!(engine.config(), &config);
+        let plain = engine.velocity(&input);
+        engine.set_lora(&lora().factors());
+        let adapted = engine.velocity(&input);
+        assert!(difference(&adapted, &plain) > 1e-3);
+        adapted
+    });
+    assert!(difference(&found, &expected) < 1e-5);
+}
+
+#[test]
+fn a_state_that_goes_out_and_in_again_continues_to_the_same_bits() {
+    for gradients in both() {
+        let lora = lora();
+        let mut engine = HostEngine::new(gradients, lora.clone(), optimizer(&lora));
+        let name = engine.name();
+        let step = |engine: &mut dyn TrainingEngine, seed| {
+            engine.step(&[batch(seed), batch(seed + 50)], 1.0, 1e-2)
+        };
+        step(&mut engine, 100);
+        let middle = engine.export();
+        let report = step(&mut engine, 200);
+        let end = engine.export();
+        assert_ne!(end.lora, middle.lora);
+        engine.import(middle).expect("its own state");
+        assert_eq!(engine.num_steps(), 1);
+        assert_eq!(step(&mut engine, 200), report);
+        assert!(engine.export() == end, "{name}");
+    }
+}
