@@ -1,0 +1,141 @@
+// What the kernels share: the 16-bit type `T`, vectors of eight values, sums over a warp or a block in a fixed order.
+//
+// Everything is computed in f32 and rounded once, to nearest even, when it is stored. No kernel uses floating-point
+// atomics, so every result is the same from run to run. Conversions are written in PTX and no header is included: a
+// machine with nothing but the driver and NVRTC can compile this.
+
+// A 16-bit float as raw bits: bfloat16 with -DT_BF16, half precision with -DT_F16.
+struct T {
+    unsigned short bits;
+};
+
+#if defined(T_BF16)
+
+// Two values, the first in the low half.
+static __device__ __forceinline__ unsigned pack2(float first, float second) {
+    unsigned bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    return bits;
+}
+
+static __device__ __forceinline__ float2 unpack2(unsigned bits) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
+static __device__ __forceinline__ float to_f32(T t) { return __uint_as_float((unsigned)t.bits << 16); }
+
+#elif defined(T_F16)
+
+static __device__ __forceinline__ unsigned pack2(float first, float second) {
+    unsigned bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    return bits;
+}
+
+static __device__ __forceinline__ float2 unpack2(unsigned bits) {
+    float2 pair;
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(pair.x), "=f"(pair.y)
+        : "r"(bits));
+    return pair;
+}
+
+static __device__ __forceinline__ float to_f32(T t) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(t.bits));
+    return value;
+}
+
+#else
+#error "define T_BF16 or T_F16"
+#endif
+
+static __device__ __forceinline__ T from_f32(float value) { return T{(unsigned short)(pack2(value, 0.0f) & 0xffffu)}; }
+
+// Threads of a warp.
+#define WARP 32
+#define FULL_MASK 0xffffffffu
+
+// Vec8 neighbouring values, 16 bytes.
+struct Vec8 {
+    float v[8];
+};
+
+static __device__ __forceinline__ Vec8 unpack8(uint4 bits) {
+    Vec8 e;
+    float2 pair = unpack2(bits.x);
+    e.v[0] = pair.x, e.v[1] = pair.y;
+    pair = unpack2(bits.y);
+    e.v[2] = pair.x, e.v[3] = pair.y;
+    pair = unpack2(bits.z);
+    e.v[4] = pair.x, e.v[5] = pair.y;
+    pair = unpack2(bits.w);
+    e.v[6] = pair.x, e.v[7] = pair.y;
+    return e;
+}
+
+static __device__ __forceinline__ uint4 pack8(const Vec8& e) {
+    return make_uint4(pack2(e.v[0], e.v[1]), pack2(e.v[2], e.v[3]), pack2(e.v[4], e.v[5]), pack2(e.v[6], e.v[7]));
+}
+
+// `index` counts vectors of eight.
+static __device__ __forceinline__ uint4 load_bits(const T* p, long long index) {
+    return reinterpret_cast<const uint4*>(p)[index];
+}
+
+static __device__ __forceinline__ void store_bits(T* p, long long index, uint4 bits) {
+    reinterpret_cast<uint4*>(p)[index] = bits;
+}
+
+static __device__ __forceinline__ Vec8 load8(const T* p, long long index) { return unpack8(load_bits(p, index)); }
+
+static __device__ __forceinline__ void store8(T* p, long long index, const Vec8& e) { store_bits(p, index, pack8(e)); }
+
+static __device__ __forceinline__ Vec8 load8_f32(const float* p, long long index) {
+    const float4 a = reinterpret_cast<const float4*>(p)[2 * index];
+    const float4 b = reinterpret_cast<const float4*>(p)[2 * index + 1];
+    return Vec8{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+static __device__ __forceinline__ void store8_f32(float* p, long long index, const Vec8& e) {
+    reinterpret_cast<float4*>(p)[2 * index] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+    reinterpret_cast<float4*>(p)[2 * index + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+}
+
+// The sum over groups of `LANES` neighbouring lanes, in each of them.
+template <int LANES, typename V>
+static __device__ __forceinline__ V group_sum(V value) {
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(FULL_MASK, value, offset);
+    return value;
+}
+
+template <int LANES>
+static __device__ __forceinline__ float group_max(float value) {
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2)
+        value = fmaxf(value, __shfl_xor_sync(FULL_MASK, value, offset));
+    return value;
+}
+
+// The sum over all `THREADS` threads of a block, in each of them. `scratch` has one place per warp, and may be used
+// again only after another barrier.
+template <int THREADS, typename V>
+static __device__ __forceinline__ V block_sum(V value, V* scratch) {
+    value = group_sum<WARP>(value);
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();
+    V total = scratch[0];
+#pragma unroll
+    for (int warp = 1; warp < THREADS / WARP; ++warp) total += scratch[warp];
+    return total;
+}
+
+// The code of the nearest value of a 256-entry map: the number of the 255 midpoints that `value` is greater than.
+static __device__ __forceinline__ unsigned dynamic_code(const float* midpoints, float value) {
+    unsigned code = 0;
+#pragma unroll
+    for (unsigned step = 128; step > 0; step /= 2)
+        if (midpoints[code + step - 1] < value) code += step;
+    return code;
+}
