@@ -139,3 +139,26 @@ static __device__ __forceinline__ unsigned dynamic_code(const float* midpoints, 
         if (midpoints[code + step - 1] < value) code += step;
     return code;
 }
+
+// Bound `i` of `count` from 0.1 to 1, each half counted from its own end, as torch's linspace.
+static __device__ __forceinline__ float tenth_to_one(int i, int count) {
+    const float step = __fdiv_rn(1.0f - 0.1f, (float)(count - 1));
+    return i < count / 2 ? __fmaf_rn(step, (float)i, 0.1f) : __fmaf_rn(-step, (float)(count - i - 1), 1.0f);
+}
+
+// The value of a code of the dynamic 8-bit map, signed or unsigned: crates/quant's codebook, entry by entry.
+template <bool SIGNED>
+static __device__ __forceinline__ float dynamic_value(int code) {
+    const float decades[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+    const int zero = SIGNED ? 127 : 0;
+    if (code == zero) return 0.0f;
+    if (code == 255) return 1.0f;
+    // Among the values of one sign, decade d has 2^d parts (unsigned: 2^(d+1)) and comes after all smaller ones.
+    const int place = (code > zero ? code - zero : zero - code) - (SIGNED ? 0 : -1);
+    int decade = 0;
+    while (place >> (decade + 1)) ++decade;
+    const int parts = 1 << decade, part = place - parts;
+    const float middle = (tenth_to_one(part, parts + 1) + tenth_to_one(part + 1, parts + 1)) / 2.0f;
+    const float value = __fmul_rn(decades[SIGNED ? decade : decade - 1], middle);
+    return code > zero ? value : -value;
+}

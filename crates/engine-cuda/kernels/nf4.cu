@@ -101,22 +101,33 @@ extern "C" __global__ void __launch_bounds__(NF4_THREADS)
         [&](long long i) { return in[i]; });
 }
 
-// offset = the mean of the scales, summed in f64. One block of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024) nf4_offset(float* offset, const float* absmax, long long num_blocks) {
-    __shared__ double scratch[1024 / WARP];
+// Sums of the scales in f64, one per block of threads. Any grid.
+extern "C" __global__ void __launch_bounds__(NF4_THREADS)
+    nf4_sum_scales(double* partials, const float* absmax, long long num_blocks) {
+    __shared__ double scratch[NF4_THREADS / WARP];
     double sum = 0.0;
-    for (long long i = threadIdx.x; i < num_blocks; i += 1024) sum += (double)absmax[i];
-    sum = block_sum<1024>(sum, scratch);
-    if (threadIdx.x == 0) *offset = (float)(sum / (double)num_blocks);
+    for (long long i = (long long)blockIdx.x * NF4_THREADS + threadIdx.x; i < num_blocks;
+         i += (long long)gridDim.x * NF4_THREADS)
+        sum += (double)absmax[i];
+    sum = block_sum<NF4_THREADS>(sum, scratch);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// Signed dynamic codes of the scales less their mean: one block of threads per 256 scales. `map` has the 256 values.
+// offset = the mean of the scales. One thread.
+extern "C" __global__ void nf4_offset(float* offset, const double* partials, int num_partials, long long num_blocks) {
+    double sum = 0.0;
+    for (int i = 0; i < num_partials; ++i) sum += partials[i];
+    *offset = (float)(sum / (double)num_blocks);
+}
+
+// Signed dynamic codes of the scales less their mean: one block of threads per 256 scales.
 extern "C" __global__ void __launch_bounds__(NF4_THREADS)
     nf4_double_quantise(unsigned char* codes, float* nested_absmax, const float* absmax, const float* offset,
-                        const float* map, long long num_blocks) {
+                        long long num_blocks) {
     __shared__ float midpoints[256], largest_of_warp[NF4_THREADS / WARP];
     const long long i = (long long)blockIdx.x * 256 + threadIdx.x;
-    midpoints[threadIdx.x] = threadIdx.x < 255 ? (map[threadIdx.x] + map[threadIdx.x + 1]) / 2.0f : 0.0f;
+    const int t = threadIdx.x;
+    midpoints[t] = t < 255 ? (dynamic_value<true>(t) + dynamic_value<true>(t + 1)) / 2.0f : 0.0f;
     const float value = i < num_blocks ? absmax[i] - *offset : 0.0f;
     float largest = group_max<WARP>(fabsf(value));
     if (threadIdx.x % WARP == 0) largest_of_warp[threadIdx.x / WARP] = largest;
@@ -137,14 +148,18 @@ static __device__ __forceinline__ void dequantise(T* out, const unsigned char* p
     if (threadIdx.x < 16) values[threadIdx.x] = NF4_VALUES[threadIdx.x];
     const long long first = (long long)blockIdx.x * NF4_VECTORS * NF4_THREADS + threadIdx.x, vectors = n / 8;
     unsigned word[NF4_VECTORS];
-    float scale[NF4_VECTORS];
 #pragma unroll
     for (int k = 0; k < NF4_VECTORS; ++k) {
         const long long i = first + k * NF4_THREADS;
         word[k] = i < vectors ? reinterpret_cast<const unsigned*>(packed)[i] : 0u;
-        scale[k] = i < vectors ? scale_of(i / 8) : 0.0f;
     }
     __syncthreads();
+    float scale[NF4_VECTORS];
+#pragma unroll
+    for (int k = 0; k < NF4_VECTORS; ++k) {
+        const long long i = first + k * NF4_THREADS;
+        scale[k] = i < vectors ? scale_of(i / 8) : 0.0f;
+    }
 #pragma unroll
     for (int k = 0; k < NF4_VECTORS; ++k) {
         const long long i = first + k * NF4_THREADS;
@@ -168,7 +183,9 @@ extern "C" __global__ void __launch_bounds__(NF4_THREADS)
 
 extern "C" __global__ void __launch_bounds__(NF4_THREADS)
     nf4_dequantise_double(T* out, const unsigned char* packed, const unsigned char* codes, const float* nested_absmax,
-                          const float* offset, const float* map, long long n) {
+                          const float* offset, long long n) {
+    __shared__ float map[256];
+    map[threadIdx.x] = dynamic_value<true>(threadIdx.x); // dequantise has a barrier before the first use
     const float mean = *offset;
     dequantise(out, packed, n, [&](long long block) {
         return __fadd_rn(__fmul_rn(map[codes[block]], nested_absmax[block / 256]), mean);

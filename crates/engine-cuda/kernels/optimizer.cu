@@ -179,19 +179,20 @@ static __device__ __forceinline__ void store_codes(unsigned char* codes, float* 
     }
 }
 
-// 8-bit moments: parameters see the new moments before these are rounded to codes. `maps` has the 256 values of the
-// signed map and then those of the unsigned one. Any grid.
+// 8-bit moments: parameters see the new moments before these are rounded to codes. The
+// grid should be small, because every block makes the maps anew.
 extern "C" __global__ void __launch_bounds__(STEP_THREADS)
     adamw_8bit(float* parameters, T* shadow, unsigned char* first, float* first_absmax, unsigned char* second,
-               float* second_absmax, const float* gradients, const Block* blocks, int num_blocks, const float* maps,
+               float* second_absmax, const float* gradients, const Block* blocks, int num_blocks,
                const float* factor, const unsigned* flag, const StepNumbers* numbers) {
     if (*flag) return;
     __shared__ float signed_map[256], unsigned_map[256], signed_midpoints[256], unsigned_midpoints[256];
     const int t = threadIdx.x;
-    signed_map[t] = maps[t];
-    unsigned_map[t] = maps[256 + t];
-    signed_midpoints[t] = t < 255 ? (maps[t] + maps[t + 1]) / 2.0f : 0.0f;
-    unsigned_midpoints[t] = t < 255 ? (maps[256 + t] + maps[256 + t + 1]) / 2.0f : 0.0f;
+    signed_map[t] = dynamic_value<true>(t);
+    unsigned_map[t] = dynamic_value<false>(t);
+    __syncthreads();
+    signed_midpoints[t] = t < 255 ? (signed_map[t] + signed_map[t + 1]) / 2.0f : 0.0f;
+    unsigned_midpoints[t] = t < 255 ? (unsigned_map[t] + unsigned_map[t + 1]) / 2.0f : 0.0f;
     __syncthreads();
     const StepNumbers s = *numbers;
     const float scale = *factor;

@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod attention_any;
 pub mod elementwise;
+mod extent;
 pub mod lora;
 pub mod loss;
 pub mod nf4;
