@@ -65,12 +65,50 @@ pub struct Tally {
     pub flops: f64,
     /// Bytes of the arguments.
     pub bytes: f64,
+    /// What that takes at the rates given.
+    pub seconds: f64,
+}
+
+/// How fast a device is at each kind of work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Of large products, per second.
+    pub product_flops: f64,
+    /// Of attention, per second.
+    pub attention_flops: f64,
+    /// To and from memory, per second.
+    pub bytes: f64,
+    /// What a launch in a graph costs besides.
+    pub launch_s: f64,
+}
+
+impl Rates {
+    /// Measured on an H100 SXM (80 GB).
+    pub const H100: Self = Self {
+        product_flops: 620e12,
+        attention_flops: 400e12,
+        bytes: 2.4e12,
+        launch_s: 1.5e-6,
+    };
+
+    fn seconds(&self, work: Work, flops: f64, bytes: f64) -> f64 {
+        let arithmetic = match work {
+            Work::Attention => flops / self.attention_flops,
+            _ => flops / self.product_flops,
+        };
+        // Attention's operands are small beside its arithmetic, and views of them overlap.
+        let memory = match work {
+            Work::Attention => 0.0,
+            _ => bytes / self.bytes,
+        };
+        arithmetic.max(memory)
+    }
 }
 
 /// What is noted about each launch.
 enum Meter {
     Off,
-    Count([Tally; 4]),
+    Count(Rates, [Tally; 4]),
     /// Kind of work, name, and events around it.
     Time(Vec<(Work, String, Event, Event)>),
 }
@@ -215,7 +253,7 @@ impl Stream {
             },
             kernels: Kernels::new((9, 0), None),
             products: Products::dry(),
-            meter: RefCell::new(Meter::Count([Tally::default(); 4])),
+            meter: RefCell::new(Meter::Count(Rates::H100, [Tally::default(); 4])),
             allocated: Rc::new(Cell::new(0)),
         }
     }
@@ -336,11 +374,12 @@ impl Stream {
         action: impl FnOnce(Option<sys::CUstream>) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
         let stream = self.raw();
-        if let Meter::Count(tallies) = &mut *self.meter.borrow_mut() {
+        if let Meter::Count(rates, tallies) = &mut *self.meter.borrow_mut() {
             let tally = &mut tallies[work as usize];
             tally.launches += 1;
             tally.flops += flops;
             tally.bytes += bytes;
+            tally.seconds += rates.launch_s + rates.seconds(work, flops, bytes);
         }
         let timing = matches!(&*self.meter.borrow(), Meter::Time(_));
         if !timing {
@@ -357,20 +396,27 @@ impl Stream {
 
     /// Counts arithmetic that a launch's arguments do not show.
     pub(crate) fn count_flops(&self, work: Work, flops: f64) {
-        if let Meter::Count(tallies) = &mut *self.meter.borrow_mut() {
-            tallies[work as usize].flops += flops;
+        if let Meter::Count(rates, tallies) = &mut *self.meter.borrow_mut() {
+            let tally = &mut tallies[work as usize];
+            tally.flops += flops;
+            tally.seconds += rates.seconds(work, flops, 0.0);
         }
     }
 
     /// Starts counting launches.
     pub fn start_counting(&self) {
-        *self.meter.borrow_mut() = Meter::Count([Tally::default(); 4]);
+        self.start_counting_at(Rates::H100);
+    }
+
+    /// Starts counting launches, and what they take at these rates.
+    pub fn start_counting_at(&self, rates: Rates) {
+        *self.meter.borrow_mut() = Meter::Count(rates, [Tally::default(); 4]);
     }
 
     /// What was launched since counting began, in the order of [`Work::ALL`]. A dry stream always counts.
     pub fn tallies(&self) -> [Tally; 4] {
         match &*self.meter.borrow() {
-            Meter::Count(tallies) => *tallies,
+            Meter::Count(_, tallies) => *tallies,
             _ => [Tally::default(); 4],
         }
     }

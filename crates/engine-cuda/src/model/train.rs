@@ -17,7 +17,7 @@ use crate::model::optimizer::{AdamW, StepHyper};
 use crate::model::pass::Conditions;
 use crate::model::sizes::{Shape, Sizes};
 use crate::ops::{elementwise, loss};
-use crate::stream::{Buffer, Graph};
+use crate::stream::{Buffer, Graph, Rates, Stream, Tally};
 use crate::view::View;
 
 /// Which blocks compute their activations again in the backward pass instead of keeping them.
@@ -304,9 +304,14 @@ impl Engine {
     /// # Panics
     ///
     /// If training was not started.
-    pub fn count_micro_step(&mut self, shape: Shape) -> Result<[crate::stream::Tally; 4], CudaError> {
+    pub fn count_micro_step(
+        &mut self,
+        shape: Shape,
+        rates: Rates,
+    ) -> Result<[Tally; 4], CudaError> {
         self.prepare_micro_step(shape)?;
-        let (dry, counting) = (crate::stream::Stream::dry(), Arena::counting());
+        let (dry, counting) = (Stream::dry(), Arena::counting());
+        dry.start_counting_at(rates);
         self.run_micro_step(&self.cx(&dry, &counting), shape, 1.0)?;
         Ok(dry.tallies())
     }
