@@ -97,7 +97,8 @@ impl TensorTable {
         let index = |n: usize| u32::try_from(n).expect("fewer than 2^32 elements are trained");
         for &(offset, len) in tensors {
             table.len = table.len.max(offset + len);
-            let in_8_bits = matches!(kind, OptimizerKind::AdamW8bit { min_8bit_size } if len >= min_8bit_size);
+            let in_8_bits =
+                matches!(kind, OptimizerKind::AdamW8bit { min_8bit_size } if len >= min_8bit_size);
             let first_scale = table.eight_bit.len();
             for start in (0..len).step_by(BLOCK_LEN) {
                 let block = |state, scale| Block {
@@ -234,7 +235,15 @@ pub fn sum_squares(
         .f32(unscale);
     let defines = [ANY_HALF.define()];
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
-    unsafe { s.launch(&OPTIMIZER, &defines, "sum_squares", launch(num_partials), args)? };
+    unsafe {
+        s.launch(
+            &OPTIMIZER,
+            &defines,
+            "sum_squares",
+            launch(num_partials),
+            args,
+        )?
+    };
     let args = Args::new()
         .ptr(elements(norm, 1, 4, "the norm"))
         .ptr(partials)
@@ -292,7 +301,12 @@ pub fn step_numbers(
     config: &AdamWConfig,
 ) -> Result<(), CudaError> {
     let args = Args::new()
-        .ptr(elements(numbers, STEP_NUMBERS_BYTES, 1, "the step's numbers"))
+        .ptr(elements(
+            numbers,
+            STEP_NUMBERS_BYTES,
+            1,
+            "the step's numbers",
+        ))
         .ptr(elements(steps, 1, 4, "the step counter"))
         .ptr(elements(flag, 1, 4, "the flag"))
         .ptr(elements(learning_rate, 1, 8, "the learning rate"))

@@ -61,11 +61,11 @@ impl HeadShape {
             "{n} tokens from {token_offset} do not fit {n_total}"
         );
         assert!(
-            dh % 2 == 0 && dh <= MAX_HEAD_WIDTH,
+            dh.is_multiple_of(2) && dh <= MAX_HEAD_WIDTH,
             "a head of {dh} channels; even widths up to {MAX_HEAD_WIDTH} are possible"
         );
         assert!(
-            self.in_stride % 2 == 0 && self.out_stride % 2 == 0,
+            self.in_stride.is_multiple_of(2) && self.out_stride.is_multiple_of(2),
             "odd strides {} and {}",
             self.in_stride,
             self.out_stride
