@@ -40,7 +40,7 @@ constexpr int BARRIER_BYTES = 256;
 [[maybe_unused]] constexpr int BACKWARD_SHARED = 1024 + 2 * OWN_BYTES + BACKWARD_STAGES * (2 * STREAM_BYTES + STATISTICS_BYTES) + BARRIER_BYTES;
 
 // ---- instructions
-struct __align__(64) TensorMap {
+struct __align__(128) TensorMap {
     unsigned long long x[16];
 };
 #ifdef T_BF16
