@@ -344,10 +344,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
         pack(p, s);
 
         // The two warpgroups take turns to issue products, so that one computes exponentials while the other's run.
+        v_ring.wait_full(0);
         if (group == 2 && tiles > 1) named_arrive(1, 256);
         for (int i = 1; i < tiles; i++) {
             k_ring.wait_full(i);
-            v_ring.wait_full(i - 1);
             named_sync(group, 256);
             hold(s);
             hold(acc);
@@ -362,7 +362,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
             hold(s);
             k_ring.release(i, lane);
             soften();
-            wgmma_wait<0>();
+            hold(s);
+            v_ring.wait_full(i);  // for the next round; here, because the assembler would otherwise wait for the products
+            wgmma_wait<0>();      // first and compute the exponentials after that, with nothing to hide behind
             hold(acc);
             hold(p);
             v_ring.release(i - 1, lane);
@@ -375,7 +377,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
             }
             pack(p, s);
         }
-        v_ring.wait_full(tiles - 1);
         hold(acc);
         hold(p);
         wgmma_fence();
@@ -510,6 +511,9 @@ __device__ __forceinline__ void queries_gradient(const Backward& block, float (&
             s[j + 2] = exp2_fast(s[j + 2] * block.scale2 - lse1);
             s[j + 3] = exp2_fast(s[j + 3] * block.scale2 - lse1);
         }
+        hold(s);
+        const bool last = i + 1 == block.tiles;
+        if (!last) block.ring.wait_full(i + 1);  // here for the same reason as in the forward pass
         wgmma_wait<0>();
         hold(dp);
 #pragma unroll
@@ -526,8 +530,7 @@ __device__ __forceinline__ void queries_gradient(const Backward& block, float (&
         wgmma_fence();
         weighted_sum(dq, ds, block.tile(i), BACKWARD_ROWS * 128);
         wgmma_commit();
-        if (i + 1 == block.tiles) break;
-        block.ring.wait_full(i + 1);
+        if (last) break;
         block.issue_scores(s, dp, i + 1);
     }
     wgmma_wait<0>();
