@@ -61,6 +61,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The same in every lane, and the compiler may know it.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ void shared_store(unsigned at, unsigned x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
@@ -164,10 +166,11 @@ constexpr float LOG2_E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7f800000)
 
 // Shared-memory descriptor of an operand with the 128-byte swizzle: `across` is the step from 64 columns to the next 64
-// (only where rows are summed over), `along` from eight rows to the next eight, always 8 · 128 bytes here.
-__device__ __forceinline__ unsigned long long descriptor(unsigned at, unsigned across) {
-    return (unsigned long long)((at & 0x3ffff) >> 4) | (unsigned long long)(across >> 4) << 16 | (unsigned long long)(1024 >> 4) << 32 |
-           1ull << 62;
+// (only where rows are summed over); from eight rows to the next eight it is always 8 · 128 bytes. `offset` is a constant
+// added to the address, and no address of shared memory leaves the field.
+__device__ __forceinline__ unsigned long long descriptor(unsigned at, unsigned across, unsigned offset) {
+    const unsigned low = (at >> 4 | across >> 4 << 16) + (offset >> 4);
+    return (unsigned long long)(1u << 30 | 1024 >> 4) << 32 | low;
 }
 
 // d (64 × N) = rows `left` · rows `right`ᵀ over HEAD_DIM. Slices of the two tiles are left_slice and right_slice bytes apart.
@@ -176,8 +179,8 @@ __device__ __forceinline__ void product(float (&d)[R], unsigned left, unsigned l
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; k++) {
         const unsigned in_slice = (k % 4) * 32;
-        const unsigned long long a = descriptor(left + (k / 4) * left_slice + in_slice, 16);
-        const unsigned long long b = descriptor(right + (k / 4) * right_slice + in_slice, 16);
+        const unsigned long long a = descriptor(left, 16, (k / 4) * left_slice + in_slice);
+        const unsigned long long b = descriptor(right, 16, (k / 4) * right_slice + in_slice);
         if (k == 0) wgmma_shared_first(d, a, b);
         else wgmma_shared(d, a, b);
     }
@@ -187,7 +190,7 @@ __device__ __forceinline__ void product(float (&d)[R], unsigned left, unsigned l
 template <int P>
 __device__ __forceinline__ void weighted_sum(float (&d)[R_D], const unsigned (&p)[P], unsigned right, unsigned right_slice) {
 #pragma unroll
-    for (int k = 0; k < P / 4; k++) wgmma_registers(d, p + 4 * k, descriptor(right + k * 2048, right_slice));
+    for (int k = 0; k < P / 4; k++) wgmma_registers(d, p + 4 * k, descriptor(right, right_slice, k * 2048));
 }
 
 template <int N>
@@ -257,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                    v_tiles = k_tiles + FORWARD_STAGES * KEYS_BYTES, barriers = v_tiles + FORWARD_STAGES * KEYS_BYTES;
     const unsigned q_full = barriers;
     const Ring k_ring = {barriers + 8, barriers + 40, FORWARD_STAGES}, v_ring = {barriers + 72, barriers + 104, FORWARD_STAGES};
-    const int group = threadIdx.x >> 7, lane = threadIdx.x & 31;
+    const int group = uniform(threadIdx.x >> 7), lane = threadIdx.x & 31;
     const int tiles = (n + FORWARD_KEYS - 1) / FORWARD_KEYS;
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1);
@@ -548,7 +551,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward(
     const unsigned own1 = (shared_base() + 1023) & ~1023u, own2 = own1 + OWN_BYTES, stream = own2 + OWN_BYTES,
                    statistics = stream + BACKWARD_STAGES * 2 * STREAM_BYTES, own_full = statistics + BACKWARD_STAGES * STATISTICS_BYTES;
     const Ring ring = {own_full + 8, own_full + 72, BACKWARD_STAGES};
-    const int group = threadIdx.x >> 7, lane = threadIdx.x & 31;
+    const int group = uniform(threadIdx.x >> 7), lane = threadIdx.x & 31;
     const int own_tiles = (n + OWN_ROWS - 1) / OWN_ROWS, tiles = (n + BACKWARD_ROWS - 1) / BACKWARD_ROWS;
     const bool keys = blockIdx.x < own_tiles * h * b;
     const int index = blockIdx.x - (keys ? 0 : own_tiles * h * b);
