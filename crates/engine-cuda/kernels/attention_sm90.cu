@@ -160,6 +160,20 @@ WGMMA_SHARED(88, "176", N88, "%88", "%89")
     }
 WGMMA_REGISTERS(32, "64", N32, "%32,%33,%34,%35", "%36")
 WGMMA_REGISTERS(64, "128", N64, "%64,%65,%66,%67", "%68")
+// d (64 × 64) += a (64 × 16, registers) · b (64 × 16, shared, rows of 16 in sequence)ᵀ; `_first` sets d, as above.
+__device__ __forceinline__ void wgmma_rows_first(float (&d)[32], const unsigned* a, unsigned long long b) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" N32
+                 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }" : O32_OF(WRITTEN, d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void wgmma_rows(float (&d)[32], const unsigned* a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" N32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 : O32_OF(UPDATED, d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// Four 8×8 blocks of 16-bit values, a row of one from each lane's address.
+__device__ __forceinline__ void load_matrices(unsigned* r, unsigned at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
 // ---- end of instructions
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -203,6 +217,24 @@ template <int P>
 __device__ __forceinline__ void pack(unsigned (&p)[P], const float (&s)[2 * P]) {
 #pragma unroll
     for (int i = 0; i < P; i++) p[i] = pack2(s[2 * i], s[2 * i + 1]);
+}
+
+// As `product`, with left rows from registers (see `load_rows`).
+__device__ __forceinline__ void product_rows(float (&d)[32], const unsigned (&left)[R_D / 2], unsigned right, unsigned right_slice) {
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; k++) {
+        const unsigned long long b = descriptor(right, 16, (k / 4) * right_slice + (k % 4) * 32);
+        if (k == 0) wgmma_rows_first(d, left, b);
+        else wgmma_rows(d, left + 4 * k, b);
+    }
+}
+
+// A warpgroup's 64 rows of a tile as left operands.
+__device__ __forceinline__ void load_rows(unsigned (&r)[R_D / 2], unsigned tile, int warp, int lane) {
+    const int row = warp * 16 + (lane & 15);
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; k++)
+        load_matrices(r + 4 * k, tile + (k / 4) * (OWN_ROWS * 128) + row * 128 + (((2 * (k % 4) + (lane >> 4)) ^ (row & 7)) << 4));
 }
 
 // Writes a warpgroup's 64 rows, times a factor for rows g and g + 8 of each warp, through its own 64 rows of a tile.
@@ -409,7 +441,7 @@ struct Backward {
     unsigned stream, statistics;  // stages of pairs of tiles of (q, do) or (k, v); of (delta, lse2) where queries stream
     unsigned own_full;
     Ring ring;
-    int tiles, n, lane;
+    int tiles, n, warp, lane;
     float scale2;
 
     __device__ __forceinline__ unsigned tile(int i) const { return stream + (i % BACKWARD_STAGES) * (2 * STREAM_BYTES); }
@@ -489,10 +521,21 @@ __device__ __forceinline__ void queries_gradient(const Backward& block, float (&
     unsigned ds[16];
     clear(dq);
     hold(dq);
+    unsigned q[R_D / 2], d_o[R_D / 2];  // in registers: the streamed tiles alone keep shared memory busy enough
+    auto issue_scores = [&](int i) {
+        product_rows(s, q, block.tile(i), BACKWARD_ROWS * 128);
+        wgmma_commit();
+        product_rows(dp, d_o, block.tile(i) + STREAM_BYTES, BACKWARD_ROWS * 128);
+        wgmma_commit();
+    };
     barrier_wait(block.own_full, 0);
+    load_rows(q, block.own1, block.warp, block.lane);
+    load_rows(d_o, block.own2, block.warp, block.lane);
     block.ring.wait_full(0);
+    hold(q);
+    hold(d_o);
     wgmma_fence();
-    block.issue_scores(s, dp, 0);
+    issue_scores(0);
     for (int i = 0;; i++) {
         wgmma_wait<1>();  // scores, and everything of the tile before
         hold(s);
@@ -534,7 +577,7 @@ __device__ __forceinline__ void queries_gradient(const Backward& block, float (&
         weighted_sum(dq, ds, block.tile(i), BACKWARD_ROWS * 128);
         wgmma_commit();
         if (last) break;
-        block.issue_scores(s, dp, i + 1);
+        issue_scores(i + 1);
     }
     wgmma_wait<0>();
     hold(dq);
@@ -590,7 +633,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward(
         registers_up<240>();
         const unsigned rows = (group - 1) * 64 * 128;
         const int warp = (threadIdx.x >> 5) & 3, own_first = first + (group - 1) * 64;
-        const Backward block = {own1 + rows, own2 + rows, stream, statistics, own_full, ring, tiles, n, lane, scale * LOG2_E};
+        const Backward block = {own1 + rows, own2 + rows, stream, statistics, own_full, ring, tiles, n, warp, lane, scale * LOG2_E};
         if (keys) {
             float dk_acc[R_D], dv_acc[R_D];
             keys_gradient(block, dk_acc, dv_acc);
