@@ -413,6 +413,13 @@ impl Stream {
         *self.meter.borrow_mut() = Meter::Count(rates, [Tally::default(); 4]);
     }
 
+    /// Stops counting or timing. A dry stream counts on.
+    pub fn stop_metering(&self) {
+        if !self.is_dry() {
+            *self.meter.borrow_mut() = Meter::Off;
+        }
+    }
+
     /// What was launched since counting began, in the order of [`Work::ALL`]. A dry stream always counts.
     pub fn tallies(&self) -> [Tally; 4] {
         match &*self.meter.borrow() {

@@ -228,6 +228,19 @@ impl Engine {
         ]
     }
 
+    /// Gives back the activations' memory, and forgets work that was recorded on it.
+    ///
+    /// # Errors
+    ///
+    /// If work that is still running fails.
+    pub fn release_activations(&mut self) -> Result<(), CudaError> {
+        self.training = None;
+        self.sampling = None;
+        self.stream.synchronize()?;
+        self.activations = None;
+        Ok(())
+    }
+
     /// The peak of a schedule's memory, found by running it dry.
     pub(crate) fn peak_of(
         &self,
