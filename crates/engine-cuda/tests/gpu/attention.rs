@@ -202,7 +202,7 @@ fn one(bench: Bench<'_>, shape: AttentionShape, forms: &[Form], report: &mut Rep
             (o_bits, gradient_bits, bench.read::<f32>(&lse))
         };
         let (o, gradients, lse) = compute();
-        let label = |what| {
+        let label = |what: &str| {
             format!(
                 "attention {form:?} {what} {} b {b} h {h} n {n} dh {dh}",
                 name(t)
