@@ -184,12 +184,17 @@ impl Stream {
     ///
     /// If a view is shorter than its matrix.
     pub fn product(&self, half: Half, product: &Product) -> Result<(), CudaError> {
-        let Product { m, n, k, a, b, c, .. } = *product;
+        let Product {
+            m, n, k, a, b, c, ..
+        } = *product;
         if m == 0 || n == 0 {
             return Ok(());
         }
         let reach = |rows: usize, columns: usize, stride: usize| {
-            assert!(stride >= columns, "rows of {columns} elements, {stride} apart");
+            assert!(
+                stride >= columns,
+                "rows of {columns} elements, {stride} apart"
+            );
             (rows - 1) * stride + columns
         };
         let stored = |matrix: Matrix, rows: usize, columns: usize| match matrix.transposed {
@@ -232,8 +237,7 @@ impl Stream {
             let prepared = match prepared.entry(key) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
                 std::collections::hash_map::Entry::Vacant(entry) => {
-                    let prepared =
-                        prepare(library.handle, &key, product.bias).map_err(refused)?;
+                    let prepared = prepare(library.handle, &key, product.bias).map_err(refused)?;
                     entry.insert(prepared)
                 }
             };
@@ -365,7 +369,8 @@ fn prepare(
             (&raw const workspace).cast(),
             size_of::<usize>(),
         )?;
-        let reduction = lt_sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        let reduction =
+            lt_sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
         prefer(
             Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
             (&raw const reduction).cast(),
@@ -440,6 +445,9 @@ mod tests {
     #[test]
     fn alignment_is_the_largest_power_of_two_up_to_256() {
         let of = |address| alignment(Some(View::new(address, 1)));
-        assert_eq!([of(2), of(24), of(256), of(1024), of(768)], [2, 8, 256, 256, 256]);
+        assert_eq!(
+            [of(2), of(24), of(256), of(1024), of(768)],
+            [2, 8, 256, 256, 256]
+        );
     }
 }

@@ -308,7 +308,10 @@ fn user_cache() -> Option<PathBuf> {
 
 fn file_name(module: &Module, options: &[String], compiler: (i32, i32)) -> String {
     let mut hasher = blake3::Hasher::new();
-    for part in [COMMON, module.source].into_iter().chain(options.iter().map(String::as_str)) {
+    for part in [COMMON, module.source]
+        .into_iter()
+        .chain(options.iter().map(String::as_str))
+    {
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part.as_bytes());
     }
@@ -396,7 +399,14 @@ mod tests {
             file_name(&MODULE, &options, (13, 0)),
             file_name(&MODULE, &["-DT_F16".to_owned()], (13, 0)),
             file_name(&MODULE, &options, (13, 1)),
-            file_name(&Module { source: "t", ..MODULE }, &options, (13, 0)),
+            file_name(
+                &Module {
+                    source: "t",
+                    ..MODULE
+                },
+                &options,
+                (13, 0),
+            ),
         ];
         let different: std::collections::BTreeSet<&String> = names.iter().collect();
         assert_eq!(different.len(), names.len());

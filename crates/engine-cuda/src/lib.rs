@@ -9,7 +9,7 @@
 //! Weights are 16-bit floats or NF4; only LoRA factors are trained, so the backward pass computes gradients of inputs
 //! and of factors and nothing else.
 //!
-//! * [`error`], [`view`], [`stream`], [`kernels`], [`gemm`], [`arena`]: the machine.
+//! * [`error`], [`view`], [`stream`], [`meter`], [`kernels`], [`gemm`], [`arena`]: the machine.
 //! * [`ops`]: one typed wrapper per kernel.
 //! * [`model`]: weights, forward, backward, training step, sampler.
 //! * [`plan`]: memory and time before anything is loaded.
@@ -23,6 +23,7 @@ pub mod gemm;
 pub mod half_type;
 pub mod kernels;
 mod libraries;
+pub mod meter;
 pub mod model;
 pub mod ops;
 pub mod plan;

@@ -186,7 +186,10 @@ mod tests {
         PlanRequest {
             lora: lora_sizes(&config, &TARGETS, 4),
             config,
-            options: EngineOptions { t: Half::Bf16, form },
+            options: EngineOptions {
+                t: Half::Bf16,
+                form,
+            },
             shape: Shape {
                 b,
                 text: 512,
@@ -194,7 +197,9 @@ mod tests {
             },
             training: TrainingOptions {
                 recompute,
-                optimizer: OptimizerKind::AdamW8bit { min_8bit_size: 4096 },
+                optimizer: OptimizerKind::AdamW8bit {
+                    min_8bit_size: 4096,
+                },
                 adamw: AdamWConfig {
                     beta1: 0.9,
                     beta2: 0.999,
@@ -239,7 +244,10 @@ mod tests {
         let limit = 24_000_000_000;
         let fitted = fit(&request, limit, Rates::H100).expect("it runs");
         let (recompute, plan) = fitted.expect("it fits");
-        assert!(matches!(recompute, Recompute::First(count) if count < 57), "{recompute:?}");
+        assert!(
+            matches!(recompute, Recompute::First(count) if count < 57),
+            "{recompute:?}"
+        );
         assert!(plan.total_bytes() <= limit);
         let none = fit(&request, 1_000_000_000, Rates::H100).expect("it runs");
         assert_eq!(none, None);
@@ -247,8 +255,11 @@ mod tests {
 
     #[test]
     fn a_step_without_recompute_has_three_times_the_products_of_a_forward_pass() {
-        let plan = plan(&request(WeightForm::Half, 1, Recompute::Nothing), Rates::H100)
-            .expect("it runs");
+        let plan = plan(
+            &request(WeightForm::Half, 1, Recompute::Nothing),
+            Rates::H100,
+        )
+        .expect("it runs");
         // 2 · 8.7e9 weights of the blocks · 1536 tokens, shared by two streams in the double blocks: 17.8e12 forward
         // and as much backward.
         let flops = plan.micro_step[0].flops;

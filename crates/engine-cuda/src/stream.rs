@@ -12,6 +12,7 @@ use crate::error::CudaError;
 use crate::gemm::Products;
 use crate::kernels::{Args, Kernels, Launch, Module};
 use crate::libraries;
+pub use crate::meter::{Rates, Tally, Work};
 use crate::view::View;
 
 /// Which device, and where compiled kernels are kept.
@@ -21,88 +22,6 @@ pub struct OpenOptions {
     pub device: usize,
     /// Folder of compiled kernels; without one they go into the user's cache folder.
     pub kernel_cache: Option<PathBuf>,
-}
-
-/// What a launch is counted as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Work {
-    /// Matrix products.
-    Product,
-    /// Attention, forward and backward.
-    Attention,
-    /// NF4 to 16 bits.
-    Dequantise,
-    /// Everything that only reads and writes.
-    Elementwise,
-}
-
-impl Work {
-    /// All of them.
-    pub const ALL: [Self; 4] = [
-        Self::Product,
-        Self::Attention,
-        Self::Dequantise,
-        Self::Elementwise,
-    ];
-
-    fn of_module(name: &str) -> Self {
-        if name.starts_with("attention") {
-            Self::Attention
-        } else if name.starts_with("nf4") {
-            Self::Dequantise
-        } else {
-            Self::Elementwise
-        }
-    }
-}
-
-/// What was launched: how often, how much arithmetic, how many bytes at least.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Tally {
-    /// Number of launches.
-    pub launches: u64,
-    /// Multiplications and additions.
-    pub flops: f64,
-    /// Bytes of the arguments.
-    pub bytes: f64,
-    /// What that takes at the rates given.
-    pub seconds: f64,
-}
-
-/// How fast a device is at each kind of work.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rates {
-    /// Of large products, per second.
-    pub product_flops: f64,
-    /// Of attention, per second.
-    pub attention_flops: f64,
-    /// To and from memory, per second.
-    pub bytes: f64,
-    /// What a launch in a graph costs besides.
-    pub launch_s: f64,
-}
-
-impl Rates {
-    /// Measured on an H100 SXM (80 GB).
-    pub const H100: Self = Self {
-        product_flops: 620e12,
-        attention_flops: 400e12,
-        bytes: 2.4e12,
-        launch_s: 1.5e-6,
-    };
-
-    fn seconds(&self, work: Work, flops: f64, bytes: f64) -> f64 {
-        let arithmetic = match work {
-            Work::Attention => flops / self.attention_flops,
-            _ => flops / self.product_flops,
-        };
-        // Attention's operands are small beside its arithmetic, and views of them overlap.
-        let memory = match work {
-            Work::Attention => 0.0,
-            _ => bytes / self.bytes,
-        };
-        arithmetic.max(memory)
-    }
 }
 
 /// What is noted about each launch.
@@ -724,7 +643,8 @@ impl Event {
         // SAFETY: both events were recorded on the one stream, and are alive.
         unsafe {
             driver::event::synchronize(self.handle).map_err(failed("cuEventSynchronize"))?;
-            driver::event::elapsed(earlier.handle, self.handle).map_err(failed("cuEventElapsedTime"))
+            driver::event::elapsed(earlier.handle, self.handle)
+                .map_err(failed("cuEventElapsedTime"))
         }
     }
 }

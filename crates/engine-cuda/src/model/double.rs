@@ -13,6 +13,7 @@ use crate::half_type::Half;
 use crate::model::joint::Joint;
 use crate::model::linear::Cx;
 use crate::model::network::{DoubleStream, DoubleWeights};
+use crate::model::sizes::STREAMS;
 use crate::ops::{elementwise, norm};
 use crate::view::View;
 
@@ -54,7 +55,7 @@ impl DoubleWeights {
     /// Memory for what is kept.
     pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>) -> KeptDouble {
         let d = joint.sizes.d;
-        let streams = [0, 1].map(|s| {
+        let streams = STREAMS.map(|s| {
             let rows = joint.shape.rows(s);
             let w = &self.streams[s];
             KeptStream {
@@ -82,7 +83,7 @@ impl DoubleWeights {
         let vectors = |s: usize| modulations.vectors::<6>(offset + 6 * s * d, d);
         let mark = cx.arena.mark();
         let qkv = joint.qkv(cx);
-        for s in 0..2 {
+        for s in STREAMS {
             let rows = joint.shape.rows(s);
             let w = &self.streams[s];
             let mark = cx.arena.mark();
@@ -97,7 +98,7 @@ impl DoubleWeights {
         joint.attend(cx, kept.o, d, kept.sums, qkv)?;
         cx.arena.release(mark);
 
-        for s in 0..2 {
+        for s in STREAMS {
             let rows = joint.shape.rows(s);
             let per_sample = rows / joint.shape.b;
             let (w, kept_s) = (&self.streams[s], &kept.streams[s]);
@@ -162,6 +163,7 @@ impl DoubleWeights {
     /// Turns `gradient` (of both outputs) into that of both inputs, and adds the factors' gradients.
     ///
     /// Where `reaches_input` is false, nothing before the block is trained, and `gradient` is left undefined.
+    #[allow(clippy::too_many_arguments)] // what the pass has at hand
     pub fn backward(
         &self,
         cx: &Cx<'_>,
@@ -174,13 +176,13 @@ impl DoubleWeights {
     ) -> Result<(), CudaError> {
         let d = joint.sizes.d;
         let vectors = |s: usize| modulations.vectors::<6>(offset + 6 * s * d, d);
-        for s in 0..2 {
+        for s in STREAMS {
             self.mlp_backward(cx, joint, s, gradient[s], kept, modulations, vectors(s))?;
         }
 
         let mark = cx.arena.mark();
         let d_o = cx.half(joint.shape.all_rows() * d);
-        for s in 0..2 {
+        for s in STREAMS {
             let rows = joint.shape.rows(s);
             let w: &DoubleStream = &self.streams[s];
             let [_, _, gate_msa, ..] = vectors(s);
@@ -208,13 +210,13 @@ impl DoubleWeights {
             cx.arena.release(inside);
         }
         let qkv = joint.qkv(cx);
-        for s in 0..2 {
+        for s in STREAMS {
             let norms = self.streams[s].norms;
             joint.split(cx, qkv, kept.streams[s].qkv, norms, joint.stream(s))?;
         }
         let dqkv = joint.qkv(cx);
         joint.attend_backward(cx, dqkv, (d_o, d), (kept.o, d), kept.sums, qkv)?;
-        for s in 0..2 {
+        for s in STREAMS {
             let rows = joint.shape.rows(s);
             let w = &self.streams[s];
             let inside = cx.arena.mark();

@@ -203,7 +203,8 @@ impl Engine {
             let velocity = cx.half(count);
             let wide = cx.f32(count);
             let conditions = this.conditions(cx, input.times, input.guidance, input.pooled, b)?;
-            let text = this.half_tokens(cx, input.text, shape.rows(0) * config.joint_attention_dim)?;
+            let text =
+                this.half_tokens(cx, input.text, shape.rows(0) * config.joint_attention_dim)?;
             let image = this.half_tokens(cx, input.tokens, shape.rows(1) * config.in_channels)?;
             let modulations = this.modulations(cx, &conditions, b)?;
             let pass = this.pass(shape, modulations);
@@ -222,7 +223,10 @@ impl Engine {
         let of = |buffer: &Buffer| buffer.view().bytes();
         [
             ("weights", of(&self.weights)),
-            ("lora", self.factors.as_ref().map_or(0, DeviceFactors::num_bytes)),
+            (
+                "lora",
+                self.factors.as_ref().map_or(0, DeviceFactors::num_bytes),
+            ),
             ("activations", self.activations.as_ref().map_or(0, of)),
             ("workspace", WORKSPACE_BYTES),
         ]
@@ -253,7 +257,10 @@ impl Engine {
 
     /// Makes the activations' slab at least so large. Recorded work that used a smaller one is forgotten.
     pub(crate) fn ensure_activations(&mut self, bytes: usize) -> Result<(), CudaError> {
-        let have = self.activations.as_ref().map_or(0, |slab| slab.view().bytes());
+        let have = self
+            .activations
+            .as_ref()
+            .map_or(0, |slab| slab.view().bytes());
         if have >= bytes {
             return Ok(());
         }

@@ -19,7 +19,9 @@ pub enum ModelError {
     #[error(transparent)]
     Checkpoint(#[from] ArtifactError),
     /// A weight holds a number that is not finite.
-    #[error("the weight of `{path}` holds {count} numbers that are not finite, and cannot be quantised")]
+    #[error(
+        "the weight of `{path}` holds {count} numbers that are not finite, and cannot be quantised"
+    )]
     NotFinite {
         /// The layer.
         path: String,

@@ -206,7 +206,10 @@ impl DeviceFactors {
             .iter()
             .flat_map(|place| {
                 [("A", &place.a), ("B", &place.b)].map(|(factor, range)| {
-                    (format!("{}.lora_{factor}.weight", place.path), range.clone())
+                    (
+                        format!("{}.lora_{factor}.weight", place.path),
+                        range.clone(),
+                    )
                 })
             })
             .collect()

@@ -105,7 +105,8 @@ pub struct Linear {
 impl Linear {
     /// Whether the backward pass needs the layer's input.
     pub fn needs_input(&self) -> bool {
-        self.factors.is_some_and(|factors| factors.gradients.is_some())
+        self.factors
+            .is_some_and(|factors| factors.gradients.is_some())
     }
 
     /// Memory for `x·Aᵀ`, to be kept from forward to backward.
@@ -124,7 +125,9 @@ impl Linear {
                     nf4::dequantise(cx.stream, cx.t, out, part.packed, part.absmax, part.n)?;
                     rest = rest.skip(2 * part.n);
                 }
-                Ok(cx.weight_scratch.take(2 * self.in_features * self.out_features))
+                Ok(cx
+                    .weight_scratch
+                    .take(2 * self.in_features * self.out_features))
             }
         }
     }

@@ -107,23 +107,39 @@ pub struct Network {
 impl Network {
     /// Every product, in the order of the forward pass.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let embedders = [Some(&self.timestep), self.guidance.as_ref(), Some(&self.pooled)];
+        let embedders = [
+            Some(&self.timestep),
+            self.guidance.as_ref(),
+            Some(&self.pooled),
+        ];
         [&self.x_embedder, &self.context_embedder]
             .into_iter()
-            .chain(embedders.into_iter().flatten().flat_map(|e| [&e.linear_1, &e.linear_2]))
+            .chain(
+                embedders
+                    .into_iter()
+                    .flatten()
+                    .flat_map(|e| [&e.linear_1, &e.linear_2]),
+            )
             .chain(self.double.iter().flat_map(|block| {
                 block
                     .streams
                     .iter()
                     .flat_map(|s| [&s.norm, &s.qkv, &s.out, &s.up, &s.down])
             }))
-            .chain(self.single.iter().flat_map(|b| [&b.norm, &b.input, &b.output]))
+            .chain(
+                self.single
+                    .iter()
+                    .flat_map(|b| [&b.norm, &b.input, &b.output]),
+            )
             .chain([&self.norm_out, &self.proj_out])
     }
 
     /// As [`Network::linears`], to be changed; the flag says whether the backward pass reaches the product.
     pub fn linears_mut(&mut self) -> Vec<(&mut Linear, bool)> {
-        let mut all = vec![(&mut self.x_embedder, true), (&mut self.context_embedder, true)];
+        let mut all = vec![
+            (&mut self.x_embedder, true),
+            (&mut self.context_embedder, true),
+        ];
         for embedder in [
             Some(&mut self.timestep),
             self.guidance.as_mut(),
@@ -132,7 +148,10 @@ impl Network {
         .into_iter()
         .flatten()
         {
-            all.extend([(&mut embedder.linear_1, false), (&mut embedder.linear_2, false)]);
+            all.extend([
+                (&mut embedder.linear_1, false),
+                (&mut embedder.linear_2, false),
+            ]);
         }
         for s in self.double.iter_mut().flat_map(|block| &mut block.streams) {
             all.extend([
@@ -292,8 +311,7 @@ impl Loader<'_> {
         let block = format!("transformer_blocks.{index}");
         let stream = |norm: &str, qkv: [&str; 3], out: &str, ff: &str, norms: [&str; 2]| {
             let qkv = qkv.map(|name| (format!("{block}.attn.{name}"), d));
-            let one =
-                |path: String, inputs, outputs| self.linear(&[(path, outputs)], inputs);
+            let one = |path: String, inputs, outputs| self.linear(&[(path, outputs)], inputs);
             let [q, k] = norms.map(|name| self.norm(&format!("{block}.attn.{name}")));
             Ok::<_, CudaError>(DoubleStream {
                 norm: one(format!("{block}.{norm}.linear"), d, 6 * d)?,
@@ -350,11 +368,7 @@ impl Loader<'_> {
     }
 
     /// Layers of one input as one product.
-    fn linear(
-        &self,
-        layers: &[(String, usize)],
-        in_features: usize,
-    ) -> Result<Linear, CudaError> {
+    fn linear(&self, layers: &[(String, usize)], in_features: usize) -> Result<Linear, CudaError> {
         let mut parts = Vec::new();
         let mut row = 0;
         for (path, rows) in layers {

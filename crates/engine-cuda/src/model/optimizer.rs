@@ -249,16 +249,12 @@ impl AdamW {
                         let view = self.places.codes[i].skip(codes.start);
                         wanted.push((format!("{name}.{role}"), view, codes.len(), true));
                         let view = self.places.scales[i].skip(4 * scales.start);
-                        wanted.push((
-                            format!("{name}.{role}.absmax"),
-                            view,
-                            scales.len(),
-                            false,
-                        ));
+                        wanted.push((format!("{name}.{role}.absmax"), view, scales.len(), false));
                     }
                 }
                 for (part, view, len, in_bytes) in wanted {
-                    let expected = format!("{len} numbers ({})", ["f32", "u8"][usize::from(in_bytes)]);
+                    let expected =
+                        format!("{len} numbers ({})", ["f32", "u8"][usize::from(in_bytes)]);
                     let values = by_name
                         .remove(&part)
                         .ok_or_else(|| wrong(&part, expected.clone(), "nothing".to_owned()))?;
@@ -268,7 +264,11 @@ impl AdamW {
                     };
                     if found != (len, in_bytes) {
                         let kind = ["f32", "u8"][usize::from(found.1)];
-                        return Err(wrong(&part, expected, format!("{} numbers ({kind})", found.0)));
+                        return Err(wrong(
+                            &part,
+                            expected,
+                            format!("{} numbers ({kind})", found.0),
+                        ));
                     }
                     copies.push((view, values));
                 }

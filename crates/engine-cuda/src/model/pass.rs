@@ -13,6 +13,7 @@ use crate::model::joint::Joint;
 use crate::model::linear::{Cx, Linear};
 use crate::model::network::{EmbedderWeights, Network};
 use crate::model::single::KeptSingle;
+use crate::model::sizes::STREAMS;
 use crate::ops::{elementwise, norm};
 use crate::view::View;
 
@@ -101,14 +102,10 @@ impl Network {
         let mark = cx.arena.mark();
         let hidden = cx.half(rows * d);
         let inner = embedder.linear_1.keep(cx, rows);
-        embedder
-            .linear_1
-            .forward(cx, hidden, d, x, rows, inner)?;
+        embedder.linear_1.forward(cx, hidden, d, x, rows, inner)?;
         elementwise::silu(cx.stream, cx.t, hidden, hidden, rows * d)?;
         let inner = embedder.linear_2.keep(cx, rows);
-        embedder
-            .linear_2
-            .forward(cx, out, d, hidden, rows, inner)?;
+        embedder.linear_2.forward(cx, out, d, hidden, rows, inner)?;
         cx.arena.release(mark);
         Ok(())
     }
@@ -157,8 +154,8 @@ impl Pass<'_> {
         let d = joint.sizes.d;
         let mark = cx.arena.mark();
         let joined = cx.half(joint.shape.all_rows() * d);
-        let x = [0, 1].map(|s| joint.room(cx, joined, s));
-        for s in 0..2 {
+        let x = STREAMS.map(|s| joint.room(cx, joined, s));
+        for s in STREAMS {
             let rows = joint.shape.rows(s);
             let mark = cx.arena.mark();
             let embedder = self.embedders()[s];
@@ -173,7 +170,7 @@ impl Pass<'_> {
             block.forward(cx, joint, x, x, &kept, (&self.modulations, offset))?;
             cx.arena.release(mark);
         }
-        for s in 0..2 {
+        for s in STREAMS {
             joint.put(cx, joined, x[s], s)?;
         }
         for (i, block) in network.single.iter().enumerate() {
@@ -246,16 +243,20 @@ impl Pass<'_> {
         recompute: &[bool],
     ) -> Result<Kept, CudaError> {
         let (joint, network) = (&self.joint, self.network);
-        assert_eq!(recompute.len(), joint.sizes.num_blocks(), "one flag per block");
+        assert_eq!(
+            recompute.len(),
+            joint.sizes.num_blocks(),
+            "one flag per block"
+        );
         let (recompute_double, recompute_single) = recompute.split_at(network.double.len());
         let d = joint.sizes.d;
         let all = joint.shape.all_rows() * d;
         let gradient = cx.half(all);
-        let gradients = [0, 1].map(|s| joint.room(cx, gradient, s));
+        let gradients = STREAMS.map(|s| joint.room(cx, gradient, s));
         let mut inner = [None; 3];
         let last = network.proj_out.keep(cx, joint.shape.rows(1));
-        let mut x = [0, 1].map(|s| cx.half(joint.shape.rows(s) * d));
-        for s in 0..2 {
+        let mut x = STREAMS.map(|s| cx.half(joint.shape.rows(s) * d));
+        for s in STREAMS {
             let rows = joint.shape.rows(s);
             let embedder = self.embedders()[s];
             inner[s] = embedder.keep(cx, rows);
@@ -276,7 +277,7 @@ impl Pass<'_> {
         for (i, (block, &recompute)) in network.double.iter().zip(recompute_double).enumerate() {
             kept.marks.push(cx.arena.mark());
             kept.double_inputs.push(x);
-            let out = [0, 1].map(|s| cx.half(joint.shape.rows(s) * d));
+            let out = STREAMS.map(|s| cx.half(joint.shape.rows(s) * d));
             let mark = cx.arena.mark();
             let kept_block = block.keep(cx, joint);
             let offset = joint.sizes.double_modulation(i);
@@ -288,7 +289,7 @@ impl Pass<'_> {
             x = out;
         }
         let mut joined = cx.half(all);
-        for s in 0..2 {
+        for s in STREAMS {
             let (to, stride, width) = joint.rectangle(joined, s);
             cx.stream
                 .copy_rows(to, stride, x[s], width, width, joint.shape.b)?;
@@ -314,12 +315,7 @@ impl Pass<'_> {
     }
 
     /// From the velocity's gradient to those of all factors, which are added to what is there.
-    pub fn backward(
-        &self,
-        cx: &Cx<'_>,
-        dvelocity: View,
-        mut kept: Kept,
-    ) -> Result<(), CudaError> {
+    pub fn backward(&self, cx: &Cx<'_>, dvelocity: View, mut kept: Kept) -> Result<(), CudaError> {
         let (joint, network) = (&self.joint, self.network);
         self.head_backward(cx, dvelocity, &kept)?;
         let trained_embedders = self.embedders().map(Linear::needs_input);
@@ -341,10 +337,18 @@ impl Pass<'_> {
                 }
             };
             let reaches = reaches_start || i > 0 || !network.double.is_empty();
-            block.backward(cx, joint, kept.gradient, x, &kept_block, modulations, reaches)?;
+            block.backward(
+                cx,
+                joint,
+                kept.gradient,
+                x,
+                &kept_block,
+                modulations,
+                reaches,
+            )?;
             release_last(cx, &mut kept.marks);
         }
-        for s in 0..2 {
+        for s in STREAMS {
             joint.fetch(cx, kept.gradients[s], kept.gradient, s)?;
         }
         for i in (0..network.double.len()).rev() {
@@ -356,17 +360,25 @@ impl Pass<'_> {
                 None => {
                     let kept_block = block.keep(cx, joint);
                     let mark = cx.arena.mark();
-                    let out = [0, 1].map(|s| cx.half(joint.shape.rows(s) * joint.sizes.d));
+                    let out = STREAMS.map(|s| cx.half(joint.shape.rows(s) * joint.sizes.d));
                     block.forward(cx, joint, out, x, &kept_block, modulations)?;
                     cx.arena.release(mark);
                     kept_block
                 }
             };
             let reaches = reaches_start || i > 0;
-            block.backward(cx, joint, kept.gradients, x, &kept_block, modulations, reaches)?;
+            block.backward(
+                cx,
+                joint,
+                kept.gradients,
+                x,
+                &kept_block,
+                modulations,
+                reaches,
+            )?;
             release_last(cx, &mut kept.marks);
         }
-        for s in 0..2 {
+        for s in STREAMS {
             if trained_embedders[s] {
                 let rows = joint.shape.rows(s);
                 let (gradient, x) = (kept.gradients[s], kept.tokens[s]);
@@ -377,12 +389,7 @@ impl Pass<'_> {
     }
 
     /// From the velocity's gradient to that of the last block's output; text has none.
-    fn head_backward(
-        &self,
-        cx: &Cx<'_>,
-        dvelocity: View,
-        kept: &Kept,
-    ) -> Result<(), CudaError> {
+    fn head_backward(&self, cx: &Cx<'_>, dvelocity: View, kept: &Kept) -> Result<(), CudaError> {
         let (joint, d) = (&self.joint, self.joint.sizes.d);
         let rows = joint.shape.rows(1);
         let joined = *kept.single_inputs.last().expect("the last output is there");

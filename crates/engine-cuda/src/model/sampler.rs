@@ -88,7 +88,11 @@ impl Engine {
         self.sampling = None;
         let shape = input.shape;
         let num_steps = input.times.len();
-        assert_eq!(input.sigmas.len(), num_steps + 1, "levels of {num_steps} steps");
+        assert_eq!(
+            input.sigmas.len(),
+            num_steps + 1,
+            "levels of {num_steps} steps"
+        );
         let copies = if input.negative.is_some() { 2 } else { 1 };
         let rows = copies * shape.b;
         let config = self.sizes.config.clone();
@@ -110,11 +114,18 @@ impl Engine {
         let batch = Shape { b: rows, ..shape };
         self.prepare_rope(batch)?;
 
-        let pooled = [Some(input.pooled), input.negative.map(|(_, pooled, _)| pooled)];
+        let pooled = [
+            Some(input.pooled),
+            input.negative.map(|(_, pooled, _)| pooled),
+        ];
         let pooled: Vec<f32> = pooled.into_iter().flatten().flatten().copied().collect();
         let texts = [Some(input.text), input.negative.map(|(text, _, _)| text)];
         let text: Vec<f32> = texts.into_iter().flatten().flatten().copied().collect();
-        let times: Vec<f32> = input.times.iter().flat_map(|&time| vec![time; rows]).collect();
+        let times: Vec<f32> = input
+            .times
+            .iter()
+            .flat_map(|&time| vec![time; rows])
+            .collect();
         let guidance = input.guidance.map(|scale| vec![scale; num_steps * rows]);
         let pooled: Vec<f32> = (0..num_steps).flat_map(|_| pooled.clone()).collect();
         let prepare = |cx: &Cx<'_>, this: &Self| -> Result<(), CudaError> {
@@ -188,9 +199,9 @@ impl Engine {
         match &sampling.graph {
             Some(graph) => self.stream.replay(graph)?,
             None if sampling.runs > 0 => {
-                let graph = self.stream.capture(|| {
-                    self.run_sample_step(&self.cx(&self.stream, &arena), sampling)
-                })?;
+                let graph = self
+                    .stream
+                    .capture(|| self.run_sample_step(&self.cx(&self.stream, &arena), sampling))?;
                 self.stream.replay(&graph)?;
                 recorded = Some(graph);
             }

@@ -137,6 +137,7 @@ impl SingleWeights {
     /// Turns `gradient` (of the output) into that of the input, and adds the factors' gradients.
     ///
     /// Where `reaches_input` is false, nothing before the block is trained, and `gradient` is left undefined.
+    #[allow(clippy::too_many_arguments)] // what the pass has at hand
     pub fn backward(
         &self,
         cx: &Cx<'_>,

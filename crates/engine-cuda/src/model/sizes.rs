@@ -5,6 +5,9 @@ use mmdit::config::MLP_RATIO;
 
 use super::error::ModelError;
 
+/// The two streams of a double block: text and image.
+pub const STREAMS: [usize; 2] = [0, 1];
+
 /// Sizes of the model that the schedule uses again and again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sizes {
@@ -138,7 +141,10 @@ mod tests {
             text: 3,
             latent_cells: [4, 6],
         };
-        assert_eq!((shape.image(), shape.tokens(), shape.all_rows()), (6, 9, 18));
+        assert_eq!(
+            (shape.image(), shape.tokens(), shape.all_rows()),
+            (6, 9, 18)
+        );
         assert_eq!([shape.rows(0), shape.rows(1)], [6, 12]);
     }
 }

@@ -245,10 +245,8 @@ impl Engine {
             })?;
             self.stream.replay(&graph)?;
             let prepared = self.training_mut().prepared.get_mut(&shape);
-            prepared.expect("it was prepared").graph = Some(RecordedMicroStep {
-                graph,
-                loss_factor,
-            });
+            prepared.expect("it was prepared").graph =
+                Some(RecordedMicroStep { graph, loss_factor });
         } else {
             let arena = self.arena();
             self.run_micro_step(&self.cx(&self.stream, &arena), shape, loss_factor)?;
@@ -358,12 +356,7 @@ impl Engine {
     }
 
     /// Noise, forward, loss, backward, for the batch that lies on the device.
-    fn run_micro_step(
-        &self,
-        cx: &Cx<'_>,
-        shape: Shape,
-        loss_factor: f32,
-    ) -> Result<(), CudaError> {
+    fn run_micro_step(&self, cx: &Cx<'_>, shape: Shape, loss_factor: f32) -> Result<(), CudaError> {
         let training = self.training();
         let inputs = training.prepared[&shape].inputs;
         let (s, t, b) = (cx.stream, cx.t, shape.b);
@@ -488,10 +481,13 @@ impl Engine {
             unscale,
             max_grad_norm: training.options.max_grad_norm,
         };
-        let (norm, skipped) =
-            training
-                .optimizer
-                .step(&self.stream, self.options.t, factors, &hyper, training.use_graphs)?;
+        let (norm, skipped) = training.optimizer.step(
+            &self.stream,
+            self.options.t,
+            factors,
+            &hyper,
+            training.use_graphs,
+        )?;
         let loss = self.stream.download::<f32>(training.loss.view(), 1)?[0];
         let count = training.num_micro_steps.max(1);
         self.clear_gradients()?;

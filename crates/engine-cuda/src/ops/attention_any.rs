@@ -80,7 +80,15 @@ pub fn forward(
         .f32(shape.scale);
     let launch = launch(&shape, 1);
     // SAFETY: every view was compared with the furthest element that its strides reach.
-    unsafe { s.launch(&ATTENTION_ANY, &[t.define()], "attention_any_forward", launch, args) }
+    unsafe {
+        s.launch(
+            &ATTENTION_ANY,
+            &[t.define()],
+            "attention_any_forward",
+            launch,
+            args,
+        )
+    }
 }
 
 /// Gradients of queries, keys and values.

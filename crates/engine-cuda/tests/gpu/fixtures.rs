@@ -137,7 +137,10 @@ fn values(file: &SafetensorsFile, name: &str) -> Vec<f32> {
 }
 
 fn shape_of(file: &SafetensorsFile, name: &str) -> Vec<usize> {
-    file.info(name).expect("the case has the tensor").shape.clone()
+    file.info(name)
+        .expect("the case has the tensor")
+        .shape
+        .clone()
 }
 
 fn optional(file: &SafetensorsFile, name: &str) -> Option<Vec<f32>> {
@@ -153,7 +156,13 @@ fn cells(set: &Set<'_>, case: &Case) -> [usize; 2] {
     })
 }
 
-fn velocities(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, report: &mut Report) {
+fn velocities(
+    set: &Set<'_>,
+    case: &Case,
+    file: &SafetensorsFile,
+    label: &str,
+    report: &mut Report,
+) {
     let tokens = values(file, "in.hidden_states");
     let text_shape = shape_of(file, "in.encoder_hidden_states");
     let (text, pooled) = (
@@ -194,7 +203,13 @@ fn velocities(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, r
     }
 }
 
-fn micro_step(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, report: &mut Report) {
+fn micro_step(
+    set: &Set<'_>,
+    case: &Case,
+    file: &SafetensorsFile,
+    label: &str,
+    report: &mut Report,
+) {
     let form = match case.params.get("base").and_then(serde_json::Value::as_str) {
         Some("nf4") => WeightForm::Nf4 {
             double_quant: false,
@@ -205,7 +220,10 @@ fn micro_step(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, r
     let latent_shape = shape_of(file, "out.model_input");
     let (latents, noise) = (values(file, "out.model_input"), values(file, "in.noise"));
     let (sigmas, weights) = (values(file, "out.sigma"), values(file, "out.weighting"));
-    let times: Vec<f32> = values(file, "out.timestep").iter().map(|t| t / 1000.0).collect();
+    let times: Vec<f32> = values(file, "out.timestep")
+        .iter()
+        .map(|t| t / 1000.0)
+        .collect();
     let (text, pooled) = (
         values(file, "in.prompt_embeds"),
         values(file, "in.pooled_prompt_embeds"),
@@ -229,7 +247,9 @@ fn micro_step(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, r
         guidance: guidance.as_deref(),
     };
     let mut engine = set.engine(form);
-    engine.attach_lora(&set.factors(1.0), true).expect("it fits");
+    engine
+        .attach_lora(&set.factors(1.0), true)
+        .expect("it fits");
     let options = TrainingOptions {
         recompute: Recompute::Everything,
         optimizer: OptimizerKind::AdamW,
@@ -249,9 +269,16 @@ fn micro_step(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, r
     let (loss, _) = engine.loss_sum().expect("it is there");
     let expected = values(file, "out.loss")[0];
     let off = f64::from((loss - expected).abs() / expected.abs());
-    report.check(&format!("{label}: loss"), off, 2.0 * set.velocity_tolerance());
-    let found: BTreeMap<String, Vec<f32>> =
-        engine.gradients().expect("they are there").into_iter().collect();
+    report.check(
+        &format!("{label}: loss"),
+        off,
+        2.0 * set.velocity_tolerance(),
+    );
+    let found: BTreeMap<String, Vec<f32>> = engine
+        .gradients()
+        .expect("they are there")
+        .into_iter()
+        .collect();
     let (mut worst, mut at) = (0.0, String::new());
     let (mut all, mut all_expected) = (Vec::new(), Vec::new());
     for (name, gradient) in &found {
@@ -269,11 +296,20 @@ fn micro_step(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, r
     report.check(&format!("{label}: worst gradient, {at}"), worst, 2e-2);
 }
 
-fn trajectory(set: &Set<'_>, case: &Case, file: &SafetensorsFile, label: &str, report: &mut Report) {
+fn trajectory(
+    set: &Set<'_>,
+    case: &Case,
+    file: &SafetensorsFile,
+    label: &str,
+    report: &mut Report,
+) {
     let text_shape = shape_of(file, "in.prompt_embeds");
     let (tokens, expected) = (values(file, "in.latents"), values(file, "out.latents"));
     let sigmas = values(file, "out.sigmas");
-    let times: Vec<f32> = values(file, "out.timesteps").iter().map(|t| t / 1000.0).collect();
+    let times: Vec<f32> = values(file, "out.timesteps")
+        .iter()
+        .map(|t| t / 1000.0)
+        .collect();
     let (text, pooled) = (
         values(file, "in.prompt_embeds"),
         values(file, "in.pooled_prompt_embeds"),

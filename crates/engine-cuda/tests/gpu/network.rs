@@ -369,7 +369,11 @@ fn gradient_distance(
     expected: &BTreeMap<String, Vec<f32>>,
 ) -> (f64, String, f64) {
     let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
-    let largest = expected.values().map(|g| norm(g)).fold(0.0, f64::max).sqrt();
+    let largest = expected
+        .values()
+        .map(|g| norm(g))
+        .fold(0.0, f64::max)
+        .sqrt();
     let (mut worst, mut sum) = ((0.0, String::new()), [0.0; 2]);
     for (name, expected) in expected {
         let difference: Vec<f32> = match found.get(name) {
@@ -454,11 +458,21 @@ fn one(case: &Case, t: Half, report: &mut Report) {
         let dims = [shape.b, shape.image(), config.in_channels];
         let tokens = from_f32(tokens.clone(), dims, model.device());
         let adapters = adapters(model, factors);
-        to_f32(&reference_velocity(model, &batch, tokens, &batch.sigmas, &adapters))
+        to_f32(&reference_velocity(
+            model,
+            &batch,
+            tokens,
+            &batch.sigmas,
+            &adapters,
+        ))
     };
     let found = engine.velocity(&input).expect("it runs");
     let base = expected(&plain, &[]);
-    report.check(&format!("{label}: velocity"), distance(&found, &base), velocity_tolerance(t));
+    report.check(
+        &format!("{label}: velocity"),
+        distance(&found, &base),
+        velocity_tolerance(t),
+    );
     engine.attach_lora(&lora, true).expect("it fits");
     let found = engine.velocity(&input).expect("it runs");
     let adapted = expected(&plain, &lora);
@@ -475,7 +489,16 @@ fn one(case: &Case, t: Half, report: &mut Report) {
 
     trajectories(case, &label, t, &mut engine, &batch, &plain, &lora, report);
     drop(plain);
-    gradients(case, &label, t, &mut engine, &batch, &weights, &lora, report);
+    gradients(
+        case,
+        &label,
+        t,
+        &mut engine,
+        &batch,
+        &weights,
+        &lora,
+        report,
+    );
     drop(engine);
     if weights.values().map(Vec::len).sum::<usize>() < 50_000_000 {
         for double_quant in [false, true] {
@@ -515,14 +538,20 @@ fn gradients(
             .collect()
     };
     let mut kept = Vec::new();
-    for recompute in [Recompute::Nothing, Recompute::Everything, Recompute::First(1)] {
+    for recompute in [
+        Recompute::Nothing,
+        Recompute::Everything,
+        Recompute::First(1),
+    ] {
         engine
             .start_training(training_options(recompute))
             .expect("a LoRA is attached");
         // By launches, while being recorded, and replayed.
         for _ in 0..3 {
             engine.clear_gradients().expect("it runs");
-            engine.micro_step(&batch.micro(), LOSS_SCALE).expect("it runs");
+            engine
+                .micro_step(&batch.micro(), LOSS_SCALE)
+                .expect("it runs");
             let (loss, _) = engine.loss_sum().expect("it is there");
             kept.push((loss, unscaled(engine)));
         }
@@ -532,8 +561,16 @@ fn gradients(
     let off = f64::from((loss - expected_loss).abs() / expected_loss);
     report.check(&format!("{label}: loss"), off, velocity_tolerance(t));
     let (worst, at, all) = gradient_distance(found, &expected);
-    report.check(&format!("{label}: all gradients together"), all, GRADIENT_TOLERANCE);
-    report.check(&format!("{label}: worst gradient, {at}"), worst, GRADIENT_TOLERANCE);
+    report.check(
+        &format!("{label}: all gradients together"),
+        all,
+        GRADIENT_TOLERANCE,
+    );
+    report.check(
+        &format!("{label}: worst gradient, {at}"),
+        worst,
+        GRADIENT_TOLERANCE,
+    );
     let others = kept[1..].iter().filter(|other| *other != &kept[0]).count();
     report.check(
         &format!("{label}: recomputed, recorded and replayed steps that differ in a bit"),
@@ -562,7 +599,11 @@ fn gradients(
         );
         let (sum, count) = engine.loss_sum().expect("it is there");
         let off = f64::from((sum / count as f32 - loss).abs() / loss);
-        report.check(&format!("{label}: loss, one by one"), off, velocity_tolerance(t));
+        report.check(
+            &format!("{label}: loss, one by one"),
+            off,
+            velocity_tolerance(t),
+        );
     }
     steps(case, label, engine, batch, report);
 }
@@ -614,7 +655,9 @@ fn steps(case: &Case, label: &str, engine: &mut Engine, batch: &Batch, report: &
     let mut reference = Optimizer::new(options.optimizer, options.adamw, &sizes);
     let (mut norm_off, mut apart) = (0.0f64, 0.0f64);
     for _ in 0..3 {
-        engine.micro_step(&batch.micro(), LOSS_SCALE).expect("it runs");
+        engine
+            .micro_step(&batch.micro(), LOSS_SCALE)
+            .expect("it runs");
         let gradients = engine.gradients().expect("they are there");
         let mut gradients: Vec<Vec<f32>> = gradients
             .into_iter()
@@ -635,7 +678,9 @@ fn steps(case: &Case, label: &str, engine: &mut Engine, batch: &Batch, report: &
     let (num_steps, parts) = engine.export_optimizer().expect("it is there");
     let now = engine.lora().expect("it is there");
     let mut next = || {
-        engine.micro_step(&batch.micro(), LOSS_SCALE).expect("it runs");
+        engine
+            .micro_step(&batch.micro(), LOSS_SCALE)
+            .expect("it runs");
         engine
             .optimizer_step(1e-2, 1.0 / LOSS_SCALE)
             .expect("it runs");
@@ -644,8 +689,12 @@ fn steps(case: &Case, label: &str, engine: &mut Engine, batch: &Batch, report: &
     let straight = next();
     engine.attach_lora(&now, true).expect("it fits");
     engine.start_training(options).expect("a LoRA is attached");
-    engine.import_optimizer(num_steps, parts).expect("own state");
-    engine.micro_step(&batch.micro(), LOSS_SCALE).expect("it runs");
+    engine
+        .import_optimizer(num_steps, parts)
+        .expect("own state");
+    engine
+        .micro_step(&batch.micro(), LOSS_SCALE)
+        .expect("it runs");
     engine
         .optimizer_step(1e-2, 1.0 / LOSS_SCALE)
         .expect("it runs");
@@ -709,7 +758,13 @@ fn trajectories(
                     ..Batch::new(config, shape)
                 };
                 let tokens = from_f32(sample.clone(), dims, model.device());
-                to_f32(&reference_velocity(model, &with_guidance, tokens, &times, &adapters))
+                to_f32(&reference_velocity(
+                    model,
+                    &with_guidance,
+                    tokens,
+                    &times,
+                    &adapters,
+                ))
             };
             let mut v = velocity(batch);
             if let Some(scale) = scale {
