@@ -507,6 +507,7 @@ __device__ __forceinline__ void keys_gradient(const Backward& block, float (&dk)
         hold(p);
         if (i + 1 == block.tiles) break;
         block.ring.wait_full(i + 1);
+        wgmma_fence();
         block.issue_scores(s, dp, i + 1);
     }
     wgmma_wait<0>();
@@ -577,6 +578,7 @@ __device__ __forceinline__ void queries_gradient(const Backward& block, float (&
         weighted_sum(dq, ds, block.tile(i), BACKWARD_ROWS * 128);
         wgmma_commit();
         if (last) break;
+        wgmma_fence();
         issue_scores(i + 1);
     }
     wgmma_wait<0>();
