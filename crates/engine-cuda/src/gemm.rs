@@ -216,6 +216,10 @@ impl Stream {
         let bytes = 2 * (m * k + k * n) + reads * element * m * n;
         let flops = 2.0 * m as f64 * n as f64 * k as f64;
         self.metered(Work::Product, "product", flops, bytes as f64, |stream| {
+            #[cfg(test)]
+            if self.is_host() {
+                crate::host::product(half, product);
+            }
             let (Some(stream), Some(library)) = (stream, &self.products().library) else {
                 return Ok(());
             };

@@ -23,7 +23,10 @@ impl Half {
     /// The bits of the nearest values.
     pub fn from_f32(self, values: &[f32]) -> Vec<u16> {
         match self {
-            Self::Bf16 => values.iter().map(|v| bf16::from_f32(*v).to_bits()).collect(),
+            Self::Bf16 => values
+                .iter()
+                .map(|v| bf16::from_f32(*v).to_bits())
+                .collect(),
             Self::F16 => values.iter().map(|v| f16::from_f32(*v).to_bits()).collect(),
         }
     }

@@ -131,6 +131,11 @@ impl Args {
         self
     }
 
+    #[cfg(test)]
+    pub(crate) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     pub(crate) fn view_bytes(&self) -> usize {
         self.view_bytes
     }

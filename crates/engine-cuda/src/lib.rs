@@ -14,6 +14,9 @@
 //! * [`model`]: weights, forward, backward, training step, sampler.
 //! * [`plan`]: memory and time before anything is loaded.
 //!
+//! The schedule is tested without a GPU too: in unit tests a stream may run the kernels' plain forms on host memory, and
+//! velocity, loss, every gradient, recomputing and accumulation are compared with `mmdit`.
+//!
 //! `unsafe` stands in three places: calls of the driver's C functions ([`stream`], [`kernels`], [`gemm`]), launches in
 //! [`ops`] (whose wrappers assert the sizes of all views first), and nowhere else.
 
@@ -21,6 +24,8 @@ pub mod arena;
 pub mod error;
 pub mod gemm;
 pub mod half_type;
+#[cfg(test)]
+mod host;
 pub mod kernels;
 mod libraries;
 pub mod meter;

@@ -73,6 +73,9 @@ pub struct Stream {
     products: Products,
     meter: RefCell<Meter>,
     allocated: Rc<Cell<usize>>,
+    /// Whether the kernels' plain forms run on host memory.
+    #[cfg(test)]
+    host: bool,
 }
 
 pub(crate) fn failed(call: &str) -> impl FnOnce(DriverError) -> CudaError + '_ {
@@ -156,6 +159,8 @@ impl Stream {
             products,
             meter: RefCell::new(Meter::Off),
             allocated,
+            #[cfg(test)]
+            host: false,
         })
     }
 
@@ -174,11 +179,26 @@ impl Stream {
             products: Products::dry(),
             meter: RefCell::new(Meter::Count(Rates::H100, [Tally::default(); 4])),
             allocated: Rc::new(Cell::new(0)),
+            #[cfg(test)]
+            host: false,
+        }
+    }
+
+    /// A stream whose kernels are plain Rust on host memory.
+    #[cfg(test)]
+    pub(crate) fn host() -> Self {
+        Self {
+            host: true,
+            ..Self::dry()
         }
     }
 
     /// Whether this only counts.
     pub fn is_dry(&self) -> bool {
+        #[cfg(test)]
+        if self.host {
+            return false;
+        }
         self.context.is_none()
     }
 
@@ -202,6 +222,11 @@ impl Stream {
         self.allocated.get()
     }
 
+    #[cfg(test)]
+    pub(crate) fn is_host(&self) -> bool {
+        self.host
+    }
+
     pub(crate) fn products(&self) -> &Products {
         &self.products
     }
@@ -216,7 +241,7 @@ impl Stream {
     ///
     /// If the driver fails.
     pub fn memory(&self) -> Result<(usize, usize), CudaError> {
-        if self.is_dry() {
+        if self.context.is_none() {
             return Ok((usize::MAX, usize::MAX));
         }
         driver::mem_get_info().map_err(failed("cuMemGetInfo"))
@@ -230,6 +255,8 @@ impl Stream {
     pub fn allocate(&self, bytes: usize, purpose: &str) -> Result<Buffer, CudaError> {
         let asked = crate::arena::aligned(bytes.max(1));
         let address = match &self.context {
+            #[cfg(test)]
+            None if self.host => crate::host::allocate(asked),
             // Pretended addresses differ, so that a mix-up of views shows in a dry run too.
             None => (1 << 44) + self.allocated.get() as u64,
             // SAFETY: the context is current; the address is freed once, by `Buffer`.
@@ -276,6 +303,10 @@ impl Stream {
         let work = Work::of_module(module.name);
         let bytes = args.view_bytes() as f64;
         self.metered(work, kernel, 0.0, bytes, |stream| {
+            #[cfg(test)]
+            if self.host {
+                crate::host::launch(defines, kernel, launch, &args);
+            }
             let Some(stream) = stream else { return Ok(()) };
             let function = self.kernels.function(module, defines, kernel, launch)?;
             // SAFETY: the function is of a module that lives as long as `self`; the rest is promised by the caller.
@@ -422,6 +453,11 @@ impl Stream {
     pub fn upload<V: bytemuck::NoUninit>(&self, to: View, values: &[V]) -> Result<(), CudaError> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         to.holds(bytes.len(), "the destination of an upload");
+        #[cfg(test)]
+        if self.host {
+            let (from, len) = (bytes.as_ptr() as u64, bytes.len());
+            crate::host::copy_rows(to.address(), len, from, len, len, 1);
+        }
         match self.raw() {
             Some(stream) if !bytes.is_empty() => {
                 // SAFETY: the view holds the bytes; from pageable memory the driver has staged them when it returns.
@@ -449,6 +485,11 @@ impl Stream {
         let mut values = vec![V::zeroed(); count];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
         from.holds(bytes.len(), "the source of a download");
+        #[cfg(test)]
+        if self.host {
+            let (to, len) = (bytes.as_mut_ptr() as u64, bytes.len());
+            crate::host::copy_rows(to, len, from.address(), len, len, 1);
+        }
         if let Some(stream) = self.raw()
             && !bytes.is_empty()
         {
@@ -468,6 +509,10 @@ impl Stream {
     pub fn fill(&self, view: View, byte: u8) -> Result<(), CudaError> {
         let bytes = view.bytes() as f64;
         self.metered(Work::Elementwise, "fill", 0.0, bytes, |stream| {
+            #[cfg(test)]
+            if self.host {
+                crate::host::fill(view, byte);
+            }
             let Some(stream) = stream else { return Ok(()) };
             // SAFETY: the view's memory is alive.
             unsafe { driver::memset_d8_async(view.address(), byte, view.bytes(), stream) }
@@ -500,6 +545,11 @@ impl Stream {
         from.holds((rows - 1) * from_stride + width, "the source of a copy");
         let bytes = (2 * rows * width) as f64;
         self.metered(Work::Elementwise, "copy_rows", 0.0, bytes, |stream| {
+            #[cfg(test)]
+            if self.host {
+                let (to, from) = (to.address(), from.address());
+                crate::host::copy_rows(to, to_stride, from, from_stride, width, rows);
+            }
             let Some(stream) = stream else { return Ok(()) };
             let device = sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
             let copy = sys::CUDA_MEMCPY2D {

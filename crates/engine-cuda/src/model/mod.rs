@@ -19,6 +19,8 @@ pub mod sampler;
 pub mod single;
 pub mod sizes;
 pub mod source;
+#[cfg(test)]
+mod tests;
 pub mod train;
 
 pub use engine::{Engine, EngineOptions, VelocityInput};

@@ -173,6 +173,7 @@ impl Engine {
     /// If no LoRA was attached for training.
     pub fn start_training(&mut self, options: TrainingOptions) -> Result<(), CudaError> {
         self.training = None;
+        self.sampling = None;
         let factors = self.factors.as_ref().expect("a LoRA was attached");
         factors.clear_gradients(&self.stream)?;
         let optimizer = AdamW::new(&self.stream, factors, &options)?;
