@@ -1,7 +1,8 @@
 //! FLUX.1-dev's shapes on random weights: steps of training and sampling, attention, products, by time and memory.
 //!
 //! ```text
-//! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: attention products nf4 bf16
+//! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: plan attention products nf4 bf16
+//!                                             (`plan` needs no GPU)
 //! ```
 //!
 //! Weights are N(0, 0.02), made on the device: speed and memory only. Times are medians; each is taken after the work
@@ -94,6 +95,23 @@ fn main() {
             .is_none_or(|only| only.iter().any(|name| name == section))
     };
     let mut table = Table { rows: Map::new() };
+    if wanted("plan") {
+        table.guarded("plan", plan_rows);
+    }
+    let on_the_card = ["attention", "products", "nf4", "bf16"];
+    if on_the_card.iter().any(|section| wanted(section)) {
+        run_on_the_card(&mut table, &wanted);
+    }
+    if let Some(file) = file {
+        let text = serde_json::to_string_pretty(&table.rows).expect("a map is JSON");
+        if let Err(error) = fs_err::write(&file, text) {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+    }
+}
+
+fn run_on_the_card(table: &mut Table, wanted: &dyn Fn(&str) -> bool) {
     match open() {
         Ok(stream) => {
             let facts = stream.facts();
@@ -124,13 +142,55 @@ fn main() {
     if wanted("bf16") {
         table.guarded("bf16", |table| model_rows(table, "bf16", WeightForm::Half));
     }
-    if let Some(file) = file {
-        let text = serde_json::to_string_pretty(&table.rows).expect("a map is JSON");
-        if let Err(error) = fs_err::write(&file, text) {
-            eprintln!("{error}");
-            std::process::exit(1);
+}
+
+/// What twelve ways of training are predicted to take.
+fn plan_rows(table: &mut Table) -> Outcome {
+    let config = MmditConfig::flux_dev();
+    let lora = lora_sizes(&config, &TARGETS, 4);
+    for (name, form) in [
+        ("nf4", WeightForm::Nf4 { double_quant: true }),
+        ("bf16", WeightForm::Half),
+    ] {
+        for b in [1, 2, 4] {
+            for recompute in [Recompute::Everything, Recompute::Nothing] {
+                let options = EngineOptions {
+                    t: Half::Bf16,
+                    form,
+                };
+                let request = request(&config, options, &lora, b, recompute);
+                let planned = plan(&request, Rates::H100)?;
+                let parts: Map<String, Value> = planned
+                    .parts
+                    .iter()
+                    .map(|(part, bytes)| ((*part).to_owned(), json!(bytes)))
+                    .collect();
+                let by_kind: Map<String, Value> = Work::ALL
+                    .iter()
+                    .zip(planned.micro_step)
+                    .map(|(work, tally)| {
+                        let row = json!({
+                            "s": tally.seconds,
+                            "launches": tally.launches,
+                            "tflop": tally.flops / 1e12,
+                            "gbyte": tally.bytes / 1e9,
+                        });
+                        (format!("{work:?}"), row)
+                    })
+                    .collect();
+                table.row(
+                    &format!("plan_{name}_b{b}_{recompute:?}"),
+                    json!({
+                        "gigabytes": planned.total_bytes() as f64 / 1e9,
+                        "micro_step_s": planned.micro_step_s(),
+                        "parts": parts,
+                        "by_kind": by_kind,
+                    }),
+                );
+            }
         }
     }
+    Ok(())
 }
 
 fn attention_rows(table: &mut Table) -> Outcome {

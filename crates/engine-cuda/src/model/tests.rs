@@ -140,8 +140,11 @@ impl Batch {
     }
 }
 
-/// Velocity, loss and gradients by name.
-fn expected(factors: &[LoraFactors]) -> (Vec<f32>, f32, Vec<(String, Vec<f32>)>) {
+/// Gradients by the names of their tensors.
+type Gradients = BTreeMap<String, Vec<f32>>;
+
+/// Velocity, loss and gradients.
+fn expected(factors: &[LoraFactors]) -> (Vec<f32>, f32, Gradients) {
     let (model, batch) = (reference(), batch());
     let device = model.device();
     let mut adapters = Adapters::none();
@@ -252,7 +255,6 @@ fn loss_and_every_gradient_are_those_of_the_portable_network() {
         );
         let found = gradients(&engine);
         assert_eq!(found.len(), expected.len());
-        let expected: BTreeMap<String, Vec<f32>> = expected.into_iter().collect();
         for (name, found) in &found {
             let expected = &expected[name];
             let off = distance(found, expected);
