@@ -69,12 +69,13 @@ impl DoubleWeights {
         KeptDouble { streams, o, sums }
     }
 
-    /// T `[rows, d]` of text and image → the same in `out` (which may be `x`).
+    /// T `[rows, d]` of text and image → the same in `out` (which may be `x`). Without `out` only what is kept is
+    /// computed, to the same bits.
     pub fn forward(
         &self,
         cx: &Cx<'_>,
         joint: &Joint<'_>,
-        out: [View; 2],
+        out: Option<[View; 2]>,
         x: [View; 2],
         kept: &KeptDouble,
         (modulations, offset): (&Modulations, usize),
@@ -120,8 +121,17 @@ impl DoubleWeights {
             self.normed(cx, joint, s, y, kept_s.sum, modulations, &shifts)?;
             let mlp = joint.sizes.mlp;
             w.up.forward(cx, kept_s.hidden, mlp, y, rows, inner_up)?;
+            if out.is_none() && !w.down.needs_input() {
+                cx.arena.release(mark);
+                continue;
+            }
             let hidden = cx.half(rows * mlp);
             elementwise::gelu_tanh(cx.stream, cx.t, hidden, kept_s.hidden, rows, mlp, mlp, mlp)?;
+            let Some(out) = out else {
+                w.down.forward_inner(cx, hidden, rows, inner_down)?;
+                cx.arena.release(mark);
+                continue;
+            };
             w.down.forward(cx, y, d, hidden, rows, inner_down)?;
             // Upstream clips the text stream only: it is the one that overflows.
             let clip = s == 0 && cx.t == Half::F16;

@@ -164,7 +164,6 @@ impl Linear {
             rank,
             first_row,
             num_rows,
-            a,
             b,
             ..
         }) = self.factors
@@ -172,15 +171,7 @@ impl Linear {
             return Ok(());
         };
         let inner = inner.expect("a layer with factors was given memory for x·Aᵀ");
-        let thin = Product {
-            n: rank,
-            b: Matrix::transposed(a, k),
-            c: inner,
-            c_stride: rank,
-            bias: None,
-            ..product
-        };
-        cx.stream.product(cx.t, &thin)?;
+        self.forward_inner(cx, x, rows, Some(inner))?;
         let add = Product {
             n: num_rows,
             k: rank,
@@ -192,6 +183,34 @@ impl Linear {
             ..product
         };
         cx.stream.product(cx.t, &add)
+    }
+
+    /// Only `x·Aᵀ`, which the backward pass wants; nothing without factors.
+    pub fn forward_inner(
+        &self,
+        cx: &Cx<'_>,
+        x: View,
+        rows: usize,
+        inner: Option<View>,
+    ) -> Result<(), CudaError> {
+        let (Some(Factors { rank, a, .. }), Some(inner)) = (self.factors, inner) else {
+            return Ok(());
+        };
+        let k = self.in_features;
+        let thin = Product {
+            m: rows,
+            n: rank,
+            k,
+            a: Matrix::rows(x, k),
+            b: Matrix::transposed(a, k),
+            c: inner,
+            c_stride: rank,
+            output: Output::Half,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: None,
+        };
+        cx.stream.product(cx.t, &thin)
     }
 
     /// From the gradient of `y` (rows contiguous) to that of `x` (left out if `dx` is `None`), and to those of the

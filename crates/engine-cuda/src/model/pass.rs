@@ -167,7 +167,7 @@ impl Pass<'_> {
             let mark = cx.arena.mark();
             let kept = block.keep(cx, joint);
             let offset = joint.sizes.double_modulation(i);
-            block.forward(cx, joint, x, x, &kept, (&self.modulations, offset))?;
+            block.forward(cx, joint, Some(x), x, &kept, (&self.modulations, offset))?;
             cx.arena.release(mark);
         }
         for s in STREAMS {
@@ -178,7 +178,7 @@ impl Pass<'_> {
             let kept = block.keep(cx, joint);
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
-            block.forward(cx, joint, joined, joined, &kept, modulations)?;
+            block.forward(cx, joint, Some(joined), joined, &kept, modulations)?;
             cx.arena.release(mark);
         }
         let inner = network.proj_out.keep(cx, joint.shape.rows(1));
@@ -281,7 +281,14 @@ impl Pass<'_> {
             let mark = cx.arena.mark();
             let kept_block = block.keep(cx, joint);
             let offset = joint.sizes.double_modulation(i);
-            block.forward(cx, joint, out, x, &kept_block, (&self.modulations, offset))?;
+            block.forward(
+                cx,
+                joint,
+                Some(out),
+                x,
+                &kept_block,
+                (&self.modulations, offset),
+            )?;
             if recompute {
                 cx.arena.release(mark);
             }
@@ -302,7 +309,7 @@ impl Pass<'_> {
             let kept_block = block.keep(cx, joint);
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
-            block.forward(cx, joint, out, joined, &kept_block, modulations)?;
+            block.forward(cx, joint, Some(out), joined, &kept_block, modulations)?;
             if recompute {
                 cx.arena.release(mark);
             }
@@ -328,11 +335,8 @@ impl Pass<'_> {
                 Some(kept_block) => kept_block,
                 None => {
                     let kept_block = block.keep(cx, joint);
-                    // The output is known; what counts is what is kept on the way.
-                    let mark = cx.arena.mark();
-                    let out = cx.half(joint.shape.all_rows() * joint.sizes.d);
-                    block.forward(cx, joint, out, x, &kept_block, modulations)?;
-                    cx.arena.release(mark);
+                    // The output is known: the products behind what is kept are left out.
+                    block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
                 }
             };
@@ -359,10 +363,7 @@ impl Pass<'_> {
                 Some(kept_block) => kept_block,
                 None => {
                     let kept_block = block.keep(cx, joint);
-                    let mark = cx.arena.mark();
-                    let out = STREAMS.map(|s| cx.half(joint.shape.rows(s) * joint.sizes.d));
-                    block.forward(cx, joint, out, x, &kept_block, modulations)?;
-                    cx.arena.release(mark);
+                    block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
                 }
             };

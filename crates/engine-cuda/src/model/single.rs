@@ -40,12 +40,13 @@ impl SingleWeights {
         }
     }
 
-    /// T `[rows, d]` → the same in `out` (which may be `x`).
+    /// T `[rows, d]` → the same in `out` (which may be `x`). Without `out` only what is kept is computed, to the same
+    /// bits.
     pub fn forward(
         &self,
         cx: &Cx<'_>,
         joint: &Joint<'_>,
-        out: View,
+        out: Option<View>,
         x: View,
         kept: &KeptSingle,
         (modulations, offset): (&Modulations, usize),
@@ -63,7 +64,17 @@ impl SingleWeights {
         joint.split(cx, qkv, kept.products, self.norms, joint.whole(width))?;
         joint.attend(cx, kept.o, d, kept.sums, qkv)?;
         cx.arena.release(inside);
+        if out.is_none() && !self.output.needs_input() {
+            cx.arena.release(mark);
+            return Ok(());
+        }
         let side_by_side = self.side_by_side(cx, joint, kept)?;
+        let Some(out) = out else {
+            let inner = kept.inner[1];
+            self.output.forward_inner(cx, side_by_side, rows, inner)?;
+            cx.arena.release(mark);
+            return Ok(());
+        };
         self.output
             .forward(cx, y, d, side_by_side, rows, kept.inner[1])?;
         let clip = cx.t == Half::F16;
