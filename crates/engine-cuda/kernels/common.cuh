@@ -131,6 +131,36 @@ static __device__ __forceinline__ V block_sum(V value, V* scratch) {
     return total;
 }
 
+// The smallest divisor of a block's values: crates/quant's number. It is subnormal.
+#define SMALLEST_SCALE 1e-38f
+
+// A block of zeros is told from its bits and divided by 1: its codes and its scale do not depend on how subnormal
+// numbers are treated. `largest` is the largest magnitude of a block, not negative.
+static __device__ __forceinline__ bool all_zeros(float largest) { return __float_as_uint(largest) == 0u; }
+
+// The scale that is stored with a block.
+static __device__ __forceinline__ float stored_scale(float largest, bool full) {
+    const bool as_it_is = full || (!all_zeros(largest) && largest >= SMALLEST_SCALE);
+    return as_it_is ? largest : SMALLEST_SCALE;
+}
+
+// How a block's values are brought to [-1, 1] before they become codes. A full block is multiplied by a reciprocal and
+// a short one divided, as crates/quant: the two can differ in the last bit and so in the code.
+struct Scaler {
+    float factor; // the reciprocal or the divisor
+    bool full;
+};
+
+static __device__ __forceinline__ Scaler scaler_of(float largest, bool full) {
+    const float divisor = all_zeros(largest) ? 1.0f : fmaxf(largest, SMALLEST_SCALE);
+    return Scaler{full ? __fdiv_rn(1.0f, divisor) : divisor, full};
+}
+
+static __device__ __forceinline__ float scaled(const Scaler& s, float value) {
+    const float quotient = s.full ? __fmul_rn(value, s.factor) : __fdiv_rn(value, s.factor);
+    return fminf(fmaxf(quotient, -1.0f), 1.0f);
+}
+
 // The code of the nearest value of a 256-entry map: the number of the 255 midpoints that `value` is greater than.
 static __device__ __forceinline__ unsigned dynamic_code(const float* midpoints, float value) {
     unsigned code = 0;

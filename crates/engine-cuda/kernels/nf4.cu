@@ -7,8 +7,6 @@
 #include "common.cuh"
 
 #define NF4_THREADS 256
-// Keeps a block of zeros from dividing by zero; crates/quant's number.
-#define SMALLEST_SCALE 1e-38f
 // The code of 0.0, which fills the last byte of an odd count.
 #define ZERO_CODE 7u
 
@@ -22,26 +20,6 @@ static __device__ __forceinline__ unsigned nf4_code(float value) {
 #pragma unroll
     for (int i = 0; i < 15; ++i) code += value > (NF4_VALUES[i] + NF4_VALUES[i + 1]) / 2.0f;
     return code;
-}
-
-// A block's values to [-1, 1]: a full one by a reciprocal, a short one by division, as crates/quant.
-struct Scaler {
-    float scale;
-    float reciprocal;
-    bool full;
-};
-
-static __device__ __forceinline__ Scaler scaler_of(float largest, bool full) {
-    Scaler s;
-    s.full = full;
-    s.scale = full ? largest : fmaxf(largest, SMALLEST_SCALE);
-    s.reciprocal = __fdiv_rn(1.0f, fmaxf(largest, SMALLEST_SCALE));
-    return s;
-}
-
-static __device__ __forceinline__ float scaled(const Scaler& s, float value) {
-    const float quotient = s.full ? __fmul_rn(value, s.reciprocal) : __fdiv_rn(value, s.scale);
-    return fminf(fmaxf(quotient, -1.0f), 1.0f);
 }
 
 static __device__ __forceinline__ bool is_finite(float value) {
@@ -70,8 +48,9 @@ static __device__ __forceinline__ void quantise(unsigned char* packed, float* ab
     largest = group_max<8>(largest);
     if (first >= n) return; // after the shuffles, which need every lane
     const long long block = first / 64;
-    const Scaler s = scaler_of(largest, block * 64 + 64 <= n);
-    if (threadIdx.x % 8 == 0) absmax[block] = s.scale;
+    const bool full = block * 64 + 64 <= n;
+    if (threadIdx.x % 8 == 0) absmax[block] = stored_scale(largest, full);
+    const Scaler s = scaler_of(largest, full);
     unsigned word = 0; // the first byte lowest
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -133,8 +112,9 @@ extern "C" __global__ void __launch_bounds__(NF4_THREADS)
     if (threadIdx.x % WARP == 0) largest_of_warp[threadIdx.x / WARP] = largest;
     __syncthreads();
     for (int warp = 0; warp < NF4_THREADS / WARP; ++warp) largest = fmaxf(largest, largest_of_warp[warp]);
-    const Scaler s = scaler_of(largest, (long long)blockIdx.x * 256 + 256 <= num_blocks);
-    if (threadIdx.x == 0) nested_absmax[blockIdx.x] = s.scale;
+    const bool full = (long long)blockIdx.x * 256 + 256 <= num_blocks;
+    if (threadIdx.x == 0) nested_absmax[blockIdx.x] = stored_scale(largest, full);
+    const Scaler s = scaler_of(largest, full);
     if (i < num_blocks) codes[i] = (unsigned char)dynamic_code(midpoints, scaled(s, value));
 }
 

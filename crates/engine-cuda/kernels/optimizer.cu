@@ -9,7 +9,6 @@
 #define STEP_THREADS 256
 #define BLOCK_LEN 256
 #define PER_LANE (BLOCK_LEN / WARP)
-#define SMALLEST_SCALE 1e-38f
 // Above this the square of a gradient overflows f32.
 #define LARGEST_GRADIENT 1.8446743e19f
 
@@ -167,15 +166,13 @@ static __device__ __forceinline__ void store_codes(unsigned char* codes, float* 
 #pragma unroll
     for (int k = 0; k < PER_LANE; ++k) largest = fmaxf(largest, fabsf(values[k]));
     largest = group_max<WARP>(largest);
-    // As crates/quant: a full block is multiplied by a reciprocal, a short one divided.
     const bool full = len == BLOCK_LEN;
-    const float divisor = fmaxf(largest, SMALLEST_SCALE), reciprocal = __fdiv_rn(1.0f, divisor);
-    if (lane == 0) *absmax = full ? largest : divisor;
+    if (lane == 0) *absmax = stored_scale(largest, full);
+    const Scaler s = scaler_of(largest, full);
 #pragma unroll
     for (int k = 0; k < PER_LANE; ++k) {
         const unsigned j = lane + k * WARP;
-        const float quotient = full ? __fmul_rn(values[k], reciprocal) : __fdiv_rn(values[k], divisor);
-        if (j < len) codes[j] = (unsigned char)dynamic_code(midpoints, fminf(fmaxf(quotient, -1.0f), 1.0f));
+        if (j < len) codes[j] = (unsigned char)dynamic_code(midpoints, scaled(s, values[k]));
     }
 }
 

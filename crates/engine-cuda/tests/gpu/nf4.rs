@@ -7,11 +7,16 @@ use quant::{Nf4, Scales, StoredFloat};
 use crate::report::Report;
 use crate::support::{Bench, bits, differing, name, numbers};
 
+/// A count of weights that are all zero: a full block of scales and a short one.
+const ALL_ZERO: usize = 64 * 257;
+
+/// Ragged tails, odd counts, and enough blocks for two blocks of scales.
+const COUNTS: [usize; 10] = [1, 7, 63, 64, 65, 130, 8192, 12_801, ALL_ZERO, 32_805];
+
 /// Runs all of them.
 pub fn run(s: &Stream, report: &mut Report) {
     for t in [Half::Bf16, Half::F16] {
-        // Ragged tails, odd counts, and enough blocks for two blocks of scales.
-        for n in [1, 7, 63, 64, 65, 130, 8192, 12_801, 64 * 256 * 2 + 37] {
+        for n in COUNTS {
             for source in [Source::F32, Source::Half(t)] {
                 one(Bench { s, t }, n, source, report);
             }
@@ -20,11 +25,16 @@ pub fn run(s: &Stream, report: &mut Report) {
     }
 }
 
-/// Weights with a block of zeros and one of values on and beside the thresholds.
+/// Weights with a block of zeros of both signs, one of values on and beside the thresholds, and blocks of subnormal
+/// values: the smallest divisor, 1e-38, lies among them.
 fn weights(n: usize) -> Vec<f32> {
+    if n == ALL_ZERO {
+        return vec![0.0; n];
+    }
     let mut values = numbers(n as u64, n, 0.02);
     if n >= 8192 {
         values[64..128].fill(0.0);
+        values[65..100].fill(-0.0);
         for (i, pair) in quant::nf4::VALUES.windows(2).enumerate() {
             let middle = (pair[0] + pair[1]) / 2.0;
             values[128 + 3 * i] = middle;
@@ -32,6 +42,11 @@ fn weights(n: usize) -> Vec<f32> {
             values[130 + 3 * i] = middle.next_down();
         }
         values[191] = 1.0;
+        for (block, largest) in [(4, 1.1e-38), (5, 9e-39), (6, 3e-41)] {
+            for i in 0..64 {
+                values[64 * block + i] = largest * (i as f32 / 31.5 - 1.0);
+            }
+        }
     }
     values
 }
