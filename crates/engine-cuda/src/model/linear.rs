@@ -1,0 +1,328 @@
+//! A frozen linear layer, or several of one input side by side, in 16 bits or NF4, with LoRA factors on any of them.
+//!
+//! Adapted layers of one product share it: their `A` are stacked to `[R, in]` and their `B` put on the diagonal of
+//! `[out, R]` (multiplied by their strengths), with `R` filled up to a multiple of 8. So a LoRA costs two thin products
+//! going forward and four going backward, however many layers are fused.
+
+use crate::arena::Arena;
+use crate::error::CudaError;
+use crate::gemm::{Matrix, Output, Product};
+use crate::half_type::Half;
+use crate::ops::nf4::{self, Absmax};
+use crate::stream::Stream;
+use crate::view::View;
+
+/// What a layer needs to compute.
+#[derive(Clone, Copy)]
+pub struct Cx<'a> {
+    /// Where it computes.
+    pub stream: &'a Stream,
+    /// T.
+    pub t: Half,
+    /// Memory for what lies between layers.
+    pub arena: &'a Arena,
+    /// Memory for one weight in 16 bits, where weights are NF4.
+    pub weight_scratch: View,
+}
+
+impl Cx<'_> {
+    /// Memory for `n` elements of T.
+    pub fn half(&self, n: usize) -> View {
+        self.arena.take(2 * n)
+    }
+
+    /// Memory for `n` elements of `f32`.
+    pub fn f32(&self, n: usize) -> View {
+        self.arena.take(4 * n)
+    }
+}
+
+/// One of the layers in a product.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its path, e.g. `transformer_blocks.0.attn.to_q`.
+    pub path: String,
+    /// Its first output.
+    pub row: usize,
+    /// Its outputs.
+    pub rows: usize,
+}
+
+/// A weight, `[out, in]`.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// In T.
+    Half(View),
+    /// In NF4, one entry for each part.
+    Nf4(Vec<Nf4Part>),
+}
+
+/// The codes of one layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Nf4Part {
+    /// Two codes per byte.
+    pub packed: View,
+    /// Their scales.
+    pub absmax: Absmax,
+    /// Number of codes.
+    pub n: usize,
+}
+
+/// Stacked LoRA factors of one product and their gradients.
+#[derive(Clone, Copy, Debug)]
+pub struct Factors {
+    /// Stacked rank, a multiple of 8.
+    pub rank: usize,
+    /// The first output that any of them changes.
+    pub first_row: usize,
+    /// Outputs from there to the last that is changed.
+    pub num_rows: usize,
+    /// T `[R, in]`.
+    pub a: View,
+    /// T `[num_rows, R]`, strengths included.
+    pub b: View,
+    /// Gradients `f32 [R, in]` and `[num_rows, R]`; absent where nothing is trained.
+    pub gradients: Option<[View; 2]>,
+}
+
+/// Layers of one input as one product.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// The layers.
+    pub parts: Vec<Part>,
+    /// Width of the input.
+    pub in_features: usize,
+    /// Width of all outputs together.
+    pub out_features: usize,
+    /// The weights, one below the other.
+    pub weight: Weight,
+    /// T `[out]`.
+    pub bias: View,
+    /// LoRA factors, if any part has some.
+    pub factors: Option<Factors>,
+}
+
+impl Linear {
+    /// Whether the backward pass needs the layer's input.
+    pub fn needs_input(&self) -> bool {
+        self.factors
+            .is_some_and(|factors| factors.gradients.is_some())
+    }
+
+    /// Memory for `x·Aᵀ`, to be kept from forward to backward.
+    pub fn keep(&self, cx: &Cx<'_>, rows: usize) -> Option<View> {
+        self.factors.map(|factors| cx.half(rows * factors.rank))
+    }
+
+    /// The weight in T.
+    fn half_weight(&self, cx: &Cx<'_>) -> Result<View, CudaError> {
+        match &self.weight {
+            Weight::Half(view) => Ok(*view),
+            Weight::Nf4(parts) => {
+                let mut rest = cx.weight_scratch;
+                for part in parts {
+                    let out = rest.take(2 * part.n);
+                    nf4::dequantise(cx.stream, cx.t, out, part.packed, part.absmax, part.n)?;
+                    rest = rest.skip(2 * part.n);
+                }
+                Ok(cx
+                    .weight_scratch
+                    .take(2 * self.in_features * self.out_features))
+            }
+        }
+    }
+
+    /// `y = x Wᵀ + bias + (x Aᵀ) Bᵀ`: T `[rows, in]` → `[rows, out]`, rows of `y` `y_stride` elements apart.
+    ///
+    /// `inner` is what [`Linear::keep`] gave.
+    pub fn forward(
+        &self,
+        cx: &Cx<'_>,
+        y: View,
+        y_stride: usize,
+        x: View,
+        rows: usize,
+        inner: Option<View>,
+    ) -> Result<(), CudaError> {
+        let (m, n, k) = (rows, self.out_features, self.in_features);
+        let weight = self.half_weight(cx)?;
+        let product = Product {
+            m,
+            n,
+            k,
+            a: Matrix::rows(x, k),
+            b: Matrix::transposed(weight, k),
+            c: y,
+            c_stride: y_stride,
+            output: Output::Half,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: Some(self.bias),
+        };
+        cx.stream.product(cx.t, &product)?;
+        let Some(Factors {
+            rank,
+            first_row,
+            num_rows,
+            b,
+            ..
+        }) = self.factors
+        else {
+            return Ok(());
+        };
+        let inner = inner.expect("a layer with factors was given memory for x·Aᵀ");
+        self.forward_inner(cx, x, rows, Some(inner))?;
+        let add = Product {
+            n: num_rows,
+            k: rank,
+            a: Matrix::rows(inner, rank),
+            b: Matrix::transposed(b, rank),
+            c: y.elements_from(first_row),
+            beta: 1.0,
+            bias: None,
+            ..product
+        };
+        cx.stream.product(cx.t, &add)
+    }
+
+    /// Only `x·Aᵀ`, which the backward pass wants; nothing without factors.
+    pub fn forward_inner(
+        &self,
+        cx: &Cx<'_>,
+        x: View,
+        rows: usize,
+        inner: Option<View>,
+    ) -> Result<(), CudaError> {
+        let (Some(Factors { rank, a, .. }), Some(inner)) = (self.factors, inner) else {
+            return Ok(());
+        };
+        let k = self.in_features;
+        let thin = Product {
+            m: rows,
+            n: rank,
+            k,
+            a: Matrix::rows(x, k),
+            b: Matrix::transposed(a, k),
+            c: inner,
+            c_stride: rank,
+            output: Output::Half,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: None,
+        };
+        cx.stream.product(cx.t, &thin)
+    }
+
+    /// From the gradient of `y` (rows contiguous) to that of `x` (left out if `dx` is `None`), and to those of the
+    /// factors, which are added to what is there. `x` is needed where [`Linear::needs_input`].
+    pub fn backward(
+        &self,
+        cx: &Cx<'_>,
+        dx: Option<View>,
+        dy: View,
+        x: Option<View>,
+        rows: usize,
+        inner: Option<View>,
+    ) -> Result<(), CudaError> {
+        let (out, width) = (self.out_features, self.in_features);
+        let plain = Product {
+            m: rows,
+            n: width,
+            k: out,
+            a: Matrix::rows(dy, out),
+            b: Matrix::rows(dy, width), // replaced in every use
+            c: dy,
+            c_stride: width,
+            output: Output::Half,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: None,
+        };
+        if let Some(dx) = dx {
+            let weight = self.half_weight(cx)?;
+            cx.stream.product(
+                cx.t,
+                &Product {
+                    b: Matrix::rows(weight, width),
+                    c: dx,
+                    ..plain
+                },
+            )?;
+        }
+        let Some(Factors {
+            rank,
+            first_row,
+            num_rows,
+            a,
+            b,
+            gradients,
+        }) = self.factors
+        else {
+            return Ok(());
+        };
+        let mark = cx.arena.mark();
+        let dinner = cx.half(rows * rank);
+        let changed = dy.elements_from(first_row);
+        cx.stream.product(
+            cx.t,
+            &Product {
+                n: rank,
+                k: num_rows,
+                a: Matrix::rows(changed, out),
+                b: Matrix::rows(b, rank),
+                c: dinner,
+                c_stride: rank,
+                ..plain
+            },
+        )?;
+        if let Some(dx) = dx {
+            cx.stream.product(
+                cx.t,
+                &Product {
+                    k: rank,
+                    a: Matrix::rows(dinner, rank),
+                    b: Matrix::rows(a, width),
+                    c: dx,
+                    beta: 1.0,
+                    ..plain
+                },
+            )?;
+        }
+        if let Some([da, db]) = gradients {
+            let x = x.expect("a trained layer is given its input");
+            let inner = inner.expect("a layer with factors kept x·Aᵀ");
+            let gradient = Product {
+                k: rows,
+                output: Output::F32,
+                beta: 1.0,
+                ..plain
+            };
+            cx.stream.product(
+                cx.t,
+                &Product {
+                    m: rank,
+                    n: width,
+                    a: Matrix::transposed(dinner, rank),
+                    b: Matrix::rows(x, width),
+                    c: da,
+                    c_stride: width,
+                    ..gradient
+                },
+            )?;
+            cx.stream.product(
+                cx.t,
+                &Product {
+                    m: num_rows,
+                    n: rank,
+                    a: Matrix::transposed(changed, out),
+                    b: Matrix::rows(inner, rank),
+                    c: db,
+                    c_stride: rank,
+                    ..gradient
+                },
+            )?;
+        }
+        cx.arena.release(mark);
+        Ok(())
+    }
+}

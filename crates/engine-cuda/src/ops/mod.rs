@@ -1,0 +1,12 @@
+//! One typed wrapper per kernel: sizes are asserted, then the kernel is launched.
+
+pub mod attention;
+pub mod attention_any;
+pub mod elementwise;
+mod extent;
+pub mod lora;
+pub mod loss;
+pub mod nf4;
+pub mod norm;
+pub mod optimizer;
+pub mod rope;

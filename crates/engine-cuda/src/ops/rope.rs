@@ -1,0 +1,219 @@
+//! From the fused product of queries, keys and values to what attention reads, and back. Kernels: `qk_norm_rope.cu`.
+//!
+//! Every query and key head is normalised (RMSNorm with a weight of one head's width) and turned by its position's
+//! angles, pairs being neighbouring channels; values are copied. Two streams are joined on the way: each writes its
+//! tokens at its own offset.
+//!
+//! Source: `FluxAttnProcessor`, `apply_rotary_emb`, diffusers 0.42.
+
+#![allow(clippy::too_many_arguments)] // a kernel's
+
+use crate::error::CudaError;
+use crate::half_type::Half;
+use crate::kernels::{Args, Launch, Module};
+use crate::ops::extent::{blocks, elements, strided, vectors};
+use crate::stream::Stream;
+use crate::view::View;
+
+static ROPE: Module = Module {
+    name: "qk_norm_rope",
+    source: include_str!("../../kernels/qk_norm_rope.cu"),
+};
+
+/// `ROPE_THREADS` of the kernels.
+const THREADS: u32 = 128;
+
+/// The widest head: `PAIRS` of the kernels is 4, for each of 32 lanes.
+const MAX_HEAD_WIDTH: usize = 256;
+
+/// Sizes of one stream's tokens and of the sequence that they join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Samples.
+    pub b: usize,
+    /// Tokens per sample of this stream.
+    pub n: usize,
+    /// Tokens per sample of the joined sequence.
+    pub n_total: usize,
+    /// Where this stream's tokens begin in the joined sequence.
+    pub token_offset: usize,
+    /// Heads.
+    pub h: usize,
+    /// Width of a head, even and at most 256.
+    pub dh: usize,
+    /// Elements from one row of `qkv_in` (and of its gradient) to the next.
+    pub in_stride: usize,
+    /// Elements from one row of the outputs (and of their gradients) to the next.
+    pub out_stride: usize,
+}
+
+impl HeadShape {
+    fn check(&self) {
+        let Self {
+            n,
+            n_total,
+            token_offset,
+            dh,
+            ..
+        } = *self;
+        assert!(
+            token_offset + n <= n_total,
+            "{n} tokens from {token_offset} do not fit {n_total}"
+        );
+        assert!(
+            dh.is_multiple_of(2) && dh <= MAX_HEAD_WIDTH,
+            "a head of {dh} channels; even widths up to {MAX_HEAD_WIDTH} are possible"
+        );
+        assert!(
+            self.in_stride.is_multiple_of(2) && self.out_stride.is_multiple_of(2),
+            "odd strides {} and {}",
+            self.in_stride,
+            self.out_stride
+        );
+    }
+
+    /// Whether rows suit the kernels that move 16 bytes at a time.
+    fn is_fast(&self, views: &[View]) -> bool {
+        matches!(self.dh, 64 | 128)
+            && self.in_stride.is_multiple_of(8)
+            && self.out_stride.is_multiple_of(8)
+            && views.iter().all(|view| view.address() % 16 == 0)
+    }
+
+    fn width(&self) -> usize {
+        self.h * self.dh
+    }
+
+    /// The fused rows; `view` begins with the first one's queries.
+    fn fused(&self, view: View, what: &str) -> View {
+        let reach = strided(self.b * self.n, self.in_stride, 3 * self.width());
+        elements(view, reach, 2, what)
+    }
+
+    fn joined(&self, view: View, what: &str) -> View {
+        let reach = strided(self.b * self.n_total, self.out_stride, self.width());
+        elements(view, reach, 2, what)
+    }
+
+    fn weight(&self, view: View) -> View {
+        elements(view, self.dh, 2, "a norm's weight")
+    }
+
+    fn table(&self, view: View) -> View {
+        vectors(view, self.n_total * self.dh, 4, "angles")
+    }
+
+    fn launch(
+        &self,
+        s: &Stream,
+        t: Half,
+        kernel: &str,
+        fast: bool,
+        args: Args,
+        eps: f32,
+    ) -> Result<(), CudaError> {
+        if self.b * self.n == 0 {
+            return Ok(());
+        }
+        let args = args
+            .i32(self.n)
+            .i32(self.n_total)
+            .i32(self.token_offset)
+            .i32(self.h);
+        let (kernel, args) = match fast {
+            true => (format!("{kernel}_{}", self.dh), args),
+            false => (format!("{kernel}_any"), args.i32(self.dh)),
+        };
+        let args = args.i32(self.in_stride).i32(self.out_stride).f32(eps);
+        let launch = Launch {
+            grid: [blocks(self.b * self.n), 1, 1],
+            block: [THREADS, 1, 1],
+            shared_bytes: 0,
+        };
+        // SAFETY: both callers give the kernel its arguments, all of which went through this type's checks.
+        unsafe { s.launch(&ROPE, &[t.define()], &kernel, launch, args) }
+    }
+}
+
+/// `qkv_in` `[b·n, in_stride]`, queries at 0, keys at `h·dh`, values behind them → rows `token_offset..` of `q_out`,
+/// `k_out`, `v_out`, each `[b, n_total, out_stride]`.
+///
+/// `wq`, `wk` are T `[dh]`; `cos`, `sin` f32 `[n_total, dh]`, every value twice. Outputs may lie in `qkv_in` if rows
+/// and strides are the same.
+///
+/// # Errors
+///
+/// If the launch fails.
+///
+/// # Panics
+///
+/// If a view is too short or a size is not one that [`HeadShape`] allows.
+pub fn qk_norm_rope(
+    s: &Stream,
+    t: Half,
+    q_out: View,
+    k_out: View,
+    v_out: View,
+    qkv_in: View,
+    wq: View,
+    wk: View,
+    cos: View,
+    sin: View,
+    shape: HeadShape,
+    eps: f32,
+) -> Result<(), CudaError> {
+    shape.check();
+    let fast = shape.is_fast(&[q_out, k_out, v_out, qkv_in, wq, wk]);
+    let args = Args::new()
+        .ptr(shape.joined(q_out, "queries"))
+        .ptr(shape.joined(k_out, "keys"))
+        .ptr(shape.joined(v_out, "values"))
+        .ptr(shape.fused(qkv_in, "queries, keys and values"))
+        .ptr(shape.weight(wq))
+        .ptr(shape.weight(wk))
+        .ptr(shape.table(cos))
+        .ptr(shape.table(sin));
+    shape.launch(s, t, "qk_norm_rope", fast, args, eps)
+}
+
+/// The gradient of [`qk_norm_rope`] with respect to `qkv_in`: columns `0..3·h·dh` of each row of `dqkv`, whose stride
+/// is `in_stride`.
+///
+/// `dq`, `dk`, `dv` lie as the outputs did; `qkv_in` is what the forward pass saw.
+///
+/// # Errors
+///
+/// If the launch fails.
+///
+/// # Panics
+///
+/// As [`qk_norm_rope`].
+pub fn qk_norm_rope_backward(
+    s: &Stream,
+    t: Half,
+    dqkv: View,
+    dq: View,
+    dk: View,
+    dv: View,
+    qkv_in: View,
+    wq: View,
+    wk: View,
+    cos: View,
+    sin: View,
+    shape: HeadShape,
+    eps: f32,
+) -> Result<(), CudaError> {
+    shape.check();
+    let fast = shape.is_fast(&[dqkv, dq, dk, dv, qkv_in, wq, wk]);
+    let args = Args::new()
+        .ptr(shape.fused(dqkv, "gradients of queries, keys and values"))
+        .ptr(shape.joined(dq, "gradients of queries"))
+        .ptr(shape.joined(dk, "gradients of keys"))
+        .ptr(shape.joined(dv, "gradients of values"))
+        .ptr(shape.fused(qkv_in, "queries, keys and values"))
+        .ptr(shape.weight(wq))
+        .ptr(shape.weight(wk))
+        .ptr(shape.table(cos))
+        .ptr(shape.table(sin));
+    shape.launch(s, t, "qk_norm_rope_backward", fast, args, eps)
+}

@@ -1,0 +1,775 @@
+//! The device, the one stream that all work goes through, its memory, graphs and measurements.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::c_void;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use cudarc::driver::result::{self as driver, DriverError};
+use cudarc::driver::sys;
+
+use crate::error::CudaError;
+use crate::gemm::Products;
+use crate::kernels::{Args, Kernels, Launch, Module};
+use crate::libraries;
+pub use crate::meter::{Rates, Tally, Work};
+use crate::view::View;
+
+/// Which device, and where compiled kernels are kept.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Number of the device, as the driver counts.
+    pub device: usize,
+    /// Folder of compiled kernels; without one they go into the user's cache folder.
+    pub kernel_cache: Option<PathBuf>,
+}
+
+/// What is noted about each launch.
+enum Meter {
+    Off,
+    Count(Rates, [Tally; 4]),
+    /// Kind of work, name, and events around it.
+    Time(Vec<(Work, String, Event, Event)>),
+}
+
+/// A context on a device. The driver's handles are valid until this is dropped.
+pub(crate) struct Context {
+    device: sys::CUdevice,
+    handle: sys::CUcontext,
+    pub(crate) stream: sys::CUstream,
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: both handles come from `Stream::open` and are released once, here; errors at the end change nothing.
+        unsafe {
+            let _ = driver::stream::synchronize(self.stream);
+            let _ = driver::stream::destroy(self.stream);
+            let _ = driver::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// The device's facts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceFacts {
+    /// Its name.
+    pub name: String,
+    /// Compute capability.
+    pub compute_capability: (u32, u32),
+    /// Number of multiprocessors.
+    pub multiprocessors: u32,
+    /// Memory in all.
+    pub total_bytes: usize,
+    /// The driver's CUDA version, e.g. 13000.
+    pub driver_version: u32,
+}
+
+/// One device and one stream of work on it, or a dry run of that.
+pub struct Stream {
+    context: Option<Rc<Context>>,
+    facts: DeviceFacts,
+    kernels: Kernels,
+    products: Products,
+    meter: RefCell<Meter>,
+    allocated: Rc<Cell<usize>>,
+    /// Whether the kernels' plain forms run on host memory.
+    #[cfg(test)]
+    host: bool,
+}
+
+pub(crate) fn failed(call: &str) -> impl FnOnce(DriverError) -> CudaError + '_ {
+    move |error| CudaError::Driver {
+        call: call.to_owned(),
+        code: format!("{:?}", error.0),
+    }
+}
+
+impl Stream {
+    /// Opens a device.
+    ///
+    /// # Errors
+    ///
+    /// If the driver, NVRTC or cuBLASLt is not installed, there is no such device, or it is older than Ampere.
+    pub fn open(options: &OpenOptions) -> Result<Self, CudaError> {
+        libraries::require_all()?;
+        driver::init().map_err(|_| CudaError::NoDevice)?;
+        let count = driver::device::get_count().map_err(|_| CudaError::NoDevice)? as usize;
+        if count == 0 {
+            return Err(CudaError::NoDevice);
+        }
+        if options.device >= count {
+            return Err(CudaError::NoSuchDevice {
+                index: options.device,
+                count,
+            });
+        }
+        let device = driver::device::get(options.device as i32).map_err(failed("cuDeviceGet"))?;
+        let name = driver::device::get_name(device).map_err(failed("cuDeviceGetName"))?;
+        // SAFETY: `device` comes from the driver.
+        let attribute = |which| unsafe { driver::device::get_attribute(device, which) };
+        use sys::CUdevice_attribute_enum as Attribute;
+        let number = |which| {
+            attribute(which)
+                .map(|value| value as u32)
+                .map_err(failed("cuDeviceGetAttribute"))
+        };
+        let major = number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            return Err(CudaError::TooOld { name, major, minor });
+        }
+        let multiprocessors = number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        // SAFETY: `device` comes from the driver; the context is made current before anything is done in it, and
+        // `Context` releases both handles once.
+        let (context, total_bytes) = unsafe {
+            let handle =
+                driver::primary_ctx::retain(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
+            driver::ctx::set_current(handle).map_err(failed("cuCtxSetCurrent"))?;
+            let stream = driver::stream::create(driver::stream::StreamKind::NonBlocking)
+                .map_err(failed("cuStreamCreate"))?;
+            let context = Context {
+                device,
+                handle,
+                stream,
+            };
+            (
+                Rc::new(context),
+                driver::device::total_mem(device).map_err(failed("cuDeviceTotalMem"))?,
+            )
+        };
+        let mut driver_version = 0;
+        // SAFETY: the pointer is to a local number.
+        unsafe { sys::cuDriverGetVersion(&mut driver_version) }
+            .result()
+            .map_err(failed("cuDriverGetVersion"))?;
+        let allocated = Rc::new(Cell::new(0));
+        let products = Products::new(&context)?;
+        let kernels = Kernels::new((major, minor), options.kernel_cache.clone());
+        Ok(Self {
+            context: Some(context),
+            facts: DeviceFacts {
+                name,
+                compute_capability: (major, minor),
+                multiprocessors,
+                total_bytes,
+                driver_version: driver_version as u32,
+            },
+            kernels,
+            products,
+            meter: RefCell::new(Meter::Off),
+            allocated,
+            #[cfg(test)]
+            host: false,
+        })
+    }
+
+    /// A stream without a device: allocations and launches are counted, nothing is done.
+    pub fn dry() -> Self {
+        Self {
+            context: None,
+            facts: DeviceFacts {
+                name: "dry run".to_owned(),
+                compute_capability: (9, 0),
+                multiprocessors: 132,
+                total_bytes: usize::MAX,
+                driver_version: 0,
+            },
+            kernels: Kernels::new((9, 0), None),
+            products: Products::dry(),
+            meter: RefCell::new(Meter::Count(Rates::H100, [Tally::default(); 4])),
+            allocated: Rc::new(Cell::new(0)),
+            #[cfg(test)]
+            host: false,
+        }
+    }
+
+    /// A stream whose kernels are plain Rust on host memory.
+    #[cfg(test)]
+    pub(crate) fn host() -> Self {
+        Self {
+            host: true,
+            ..Self::dry()
+        }
+    }
+
+    /// Whether this only counts.
+    pub fn is_dry(&self) -> bool {
+        #[cfg(test)]
+        if self.host {
+            return false;
+        }
+        self.context.is_none()
+    }
+
+    /// The device's facts.
+    pub fn facts(&self) -> &DeviceFacts {
+        &self.facts
+    }
+
+    /// Compute capability, major and minor.
+    pub fn compute_capability(&self) -> (u32, u32) {
+        self.facts.compute_capability
+    }
+
+    /// Number of multiprocessors.
+    pub fn multiprocessors(&self) -> u32 {
+        self.facts.multiprocessors
+    }
+
+    /// Bytes in buffers that are alive: ours, not the driver's context nor kernels' code.
+    pub fn allocated_bytes(&self) -> usize {
+        self.allocated.get()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_host(&self) -> bool {
+        self.host
+    }
+
+    pub(crate) fn products(&self) -> &Products {
+        &self.products
+    }
+
+    pub(crate) fn raw(&self) -> Option<sys::CUstream> {
+        self.context.as_ref().map(|context| context.stream)
+    }
+
+    /// Free and total bytes of the device, whoever uses it.
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        if self.context.is_none() {
+            return Ok((usize::MAX, usize::MAX));
+        }
+        driver::mem_get_info().map_err(failed("cuMemGetInfo"))
+    }
+
+    /// Takes device memory. Its content is undefined.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::OutOfMemory`] with what it was for and how much is free.
+    pub fn allocate(&self, bytes: usize, purpose: &str) -> Result<Buffer, CudaError> {
+        let asked = crate::arena::aligned(bytes.max(1));
+        let address = match &self.context {
+            #[cfg(test)]
+            None if self.host => crate::host::allocate(asked),
+            // Pretended addresses differ, so that a mix-up of views shows in a dry run too.
+            None => (1 << 44) + self.allocated.get() as u64,
+            // SAFETY: the context is current; the address is freed once, by `Buffer`.
+            Some(_) => match unsafe { driver::malloc_sync(asked) } {
+                Ok(address) => address,
+                Err(error) if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let (free, total) = self.memory()?;
+                    return Err(CudaError::OutOfMemory {
+                        purpose: purpose.to_owned(),
+                        asked,
+                        free,
+                        total,
+                    });
+                }
+                Err(error) => return Err(failed("cuMemAlloc")(error)),
+            },
+        };
+        self.allocated.set(self.allocated.get() + asked);
+        Ok(Buffer {
+            view: View::new(address, bytes),
+            asked,
+            context: self.context.clone(),
+            allocated: Rc::clone(&self.allocated),
+        })
+    }
+
+    /// Launches a kernel.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be compiled or launched.
+    ///
+    /// # Safety
+    ///
+    /// The arguments are the kernel's, and every view is as large as the kernel reaches.
+    pub unsafe fn launch(
+        &self,
+        module: &'static Module,
+        defines: &[&str],
+        kernel: &str,
+        launch: Launch,
+        args: Args,
+    ) -> Result<(), CudaError> {
+        let work = Work::of_module(module.name);
+        let bytes = args.view_bytes() as f64;
+        self.metered(work, kernel, 0.0, bytes, |stream| {
+            #[cfg(test)]
+            if self.host {
+                crate::host::launch(defines, kernel, launch, &args);
+            }
+            let Some(stream) = stream else { return Ok(()) };
+            let function = self.kernels.function(module, defines, kernel, launch)?;
+            // SAFETY: the function is of a module that lives as long as `self`; the rest is promised by the caller.
+            unsafe { args.launch(function, launch, stream) }.map_err(failed(kernel))
+        })
+    }
+
+    /// Runs `action` on the stream (`None` in a dry run) and notes it.
+    pub(crate) fn metered(
+        &self,
+        work: Work,
+        name: &str,
+        flops: f64,
+        bytes: f64,
+        action: impl FnOnce(Option<sys::CUstream>) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        let stream = self.raw();
+        if let Meter::Count(rates, tallies) = &mut *self.meter.borrow_mut() {
+            let tally = &mut tallies[work as usize];
+            tally.launches += 1;
+            tally.flops += flops;
+            tally.bytes += bytes;
+            tally.seconds += rates.launch_s + rates.seconds(work, flops, bytes);
+        }
+        let timing = matches!(&*self.meter.borrow(), Meter::Time(_));
+        if !timing {
+            return action(stream);
+        }
+        let before = self.event()?;
+        action(stream)?;
+        let after = self.event()?;
+        if let Meter::Time(launches) = &mut *self.meter.borrow_mut() {
+            launches.push((work, name.to_owned(), before, after));
+        }
+        Ok(())
+    }
+
+    /// Counts arithmetic that a launch's arguments do not show.
+    pub(crate) fn count_flops(&self, work: Work, flops: f64) {
+        if let Meter::Count(rates, tallies) = &mut *self.meter.borrow_mut() {
+            let tally = &mut tallies[work as usize];
+            tally.flops += flops;
+            tally.seconds += rates.seconds(work, flops, 0.0);
+        }
+    }
+
+    /// Starts counting launches.
+    pub fn start_counting(&self) {
+        self.start_counting_at(Rates::H100);
+    }
+
+    /// Starts counting launches, and what they take at these rates.
+    pub fn start_counting_at(&self, rates: Rates) {
+        *self.meter.borrow_mut() = Meter::Count(rates, [Tally::default(); 4]);
+    }
+
+    /// Stops counting or timing. A dry stream counts on.
+    pub fn stop_metering(&self) {
+        if !self.is_dry() {
+            *self.meter.borrow_mut() = Meter::Off;
+        }
+    }
+
+    /// What was launched since counting began, in the order of [`Work::ALL`]. A dry stream always counts.
+    pub fn tallies(&self) -> [Tally; 4] {
+        match &*self.meter.borrow() {
+            Meter::Count(_, tallies) => *tallies,
+            _ => [Tally::default(); 4],
+        }
+    }
+
+    /// Starts timing each launch by itself; that costs a few microseconds a launch, so sums are compared, not added up
+    /// to a step.
+    pub fn start_timing(&self) {
+        if !self.is_dry() {
+            *self.meter.borrow_mut() = Meter::Time(Vec::new());
+        }
+    }
+
+    /// Stops timing: kind of work, name, milliseconds of every launch.
+    ///
+    /// # Errors
+    ///
+    /// If the stream's work failed.
+    pub fn stop_timing(&self) -> Result<Vec<(Work, String, f32)>, CudaError> {
+        self.synchronize()?;
+        let meter = std::mem::replace(&mut *self.meter.borrow_mut(), Meter::Off);
+        let Meter::Time(launches) = meter else {
+            return Ok(Vec::new());
+        };
+        launches
+            .into_iter()
+            .map(|(work, name, before, after)| Ok((work, name, after.milliseconds_since(&before)?)))
+            .collect()
+    }
+
+    /// Notes this moment of the stream's work.
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    pub fn event(&self) -> Result<Event, CudaError> {
+        let Some(context) = &self.context else {
+            return Ok(Event {
+                handle: std::ptr::null_mut(),
+                context: None,
+            });
+        };
+        let handle = driver::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
+            .map_err(failed("cuEventCreate"))?;
+        let event = Event {
+            handle,
+            context: Some(Rc::clone(context)),
+        };
+        // SAFETY: event and stream are alive.
+        unsafe { driver::event::record(handle, context.stream) }
+            .map_err(failed("cuEventRecord"))?;
+        Ok(event)
+    }
+
+    /// Waits until everything launched so far is done.
+    ///
+    /// # Errors
+    ///
+    /// If any of it failed.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        match self.raw() {
+            None => Ok(()),
+            // SAFETY: the stream is alive.
+            Some(stream) => unsafe { driver::stream::synchronize(stream) }
+                .map_err(failed("cuStreamSynchronize")),
+        }
+    }
+
+    /// Copies numbers to the device, in the stream's order. `values` may be dropped at once.
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    ///
+    /// # Panics
+    ///
+    /// If the view is shorter.
+    pub fn upload<V: bytemuck::NoUninit>(&self, to: View, values: &[V]) -> Result<(), CudaError> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        to.holds(bytes.len(), "the destination of an upload");
+        #[cfg(test)]
+        if self.host {
+            let (from, len) = (bytes.as_ptr() as u64, bytes.len());
+            crate::host::copy_rows(to.address(), len, from, len, len, 1);
+        }
+        match self.raw() {
+            Some(stream) if !bytes.is_empty() => {
+                // SAFETY: the view holds the bytes; from pageable memory the driver has staged them when it returns.
+                unsafe { driver::memcpy_htod_async(to.address(), bytes, stream) }
+                    .map_err(failed("cuMemcpyHtoDAsync"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Copies numbers from the device, after everything launched so far. In a dry run they are zeros.
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    ///
+    /// # Panics
+    ///
+    /// If the view is shorter.
+    pub fn download<V: bytemuck::AnyBitPattern + bytemuck::NoUninit>(
+        &self,
+        from: View,
+        count: usize,
+    ) -> Result<Vec<V>, CudaError> {
+        let mut values = vec![V::zeroed(); count];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
+        from.holds(bytes.len(), "the source of a download");
+        #[cfg(test)]
+        if self.host {
+            let (to, len) = (bytes.as_mut_ptr() as u64, bytes.len());
+            crate::host::copy_rows(to, len, from.address(), len, len, 1);
+        }
+        if let Some(stream) = self.raw()
+            && !bytes.is_empty()
+        {
+            // SAFETY: the view holds the bytes; the copy has ended before `values` is touched.
+            unsafe { driver::memcpy_dtoh_async(bytes, from.address(), stream) }
+                .map_err(failed("cuMemcpyDtoHAsync"))?;
+            self.synchronize()?;
+        }
+        Ok(values)
+    }
+
+    /// Sets every byte.
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    pub fn fill(&self, view: View, byte: u8) -> Result<(), CudaError> {
+        let bytes = view.bytes() as f64;
+        self.metered(Work::Elementwise, "fill", 0.0, bytes, |stream| {
+            #[cfg(test)]
+            if self.host {
+                crate::host::fill(view, byte);
+            }
+            let Some(stream) = stream else { return Ok(()) };
+            // SAFETY: the view's memory is alive.
+            unsafe { driver::memset_d8_async(view.address(), byte, view.bytes(), stream) }
+                .map_err(failed("cuMemsetD8Async"))
+        })
+    }
+
+    /// Copies `rows` rows of `width` bytes between layouts of different row strides (in bytes).
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    ///
+    /// # Panics
+    ///
+    /// If a view is shorter than its layout.
+    pub fn copy_rows(
+        &self,
+        to: View,
+        to_stride: usize,
+        from: View,
+        from_stride: usize,
+        width: usize,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        to.holds((rows - 1) * to_stride + width, "the destination of a copy");
+        from.holds((rows - 1) * from_stride + width, "the source of a copy");
+        let bytes = (2 * rows * width) as f64;
+        self.metered(Work::Elementwise, "copy_rows", 0.0, bytes, |stream| {
+            #[cfg(test)]
+            if self.host {
+                let (to, from) = (to.address(), from.address());
+                crate::host::copy_rows(to, to_stride, from, from_stride, width, rows);
+            }
+            let Some(stream) = stream else { return Ok(()) };
+            let device = sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
+            let copy = sys::CUDA_MEMCPY2D {
+                srcXInBytes: 0,
+                srcY: 0,
+                srcMemoryType: device,
+                srcHost: std::ptr::null(),
+                srcDevice: from.address(),
+                srcArray: std::ptr::null_mut(),
+                srcPitch: from_stride,
+                dstXInBytes: 0,
+                dstY: 0,
+                dstMemoryType: device,
+                dstHost: std::ptr::null_mut(),
+                dstDevice: to.address(),
+                dstArray: std::ptr::null_mut(),
+                dstPitch: to_stride,
+                WidthInBytes: width,
+                Height: rows,
+            };
+            // SAFETY: both views hold their layouts, as asserted above.
+            unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream) }
+                .result()
+                .map_err(failed("cuMemcpy2DAsync"))
+        })
+    }
+
+    /// Records what `work` launches, without doing it, as a graph that does it at one call.
+    ///
+    /// Kernels and products that `work` needs must have run once before: compiling is no part of a graph.
+    ///
+    /// # Errors
+    ///
+    /// If `work` fails, or does what a graph cannot hold (allocating, waiting).
+    pub fn capture(
+        &self,
+        work: impl FnOnce() -> Result<(), CudaError>,
+    ) -> Result<Graph, CudaError> {
+        let Some(context) = &self.context else {
+            work()?;
+            return Ok(Graph {
+                handle: std::ptr::null_mut(),
+                context: None,
+            });
+        };
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive; every capture that begins is ended below, whatever `work` returns.
+        unsafe { driver::stream::begin_capture(context.stream, mode) }
+            .map_err(failed("cuStreamBeginCapture"))?;
+        let outcome = work();
+        // SAFETY: as above; the graph is destroyed once, after it was instantiated.
+        let captured = unsafe { driver::stream::end_capture(context.stream) };
+        outcome?;
+        let graph = captured.map_err(failed("cuStreamEndCapture"))?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `graph` was made above.
+        let instantiated =
+            unsafe { sys::cuGraphInstantiateWithFlags(&mut handle, graph, 0) }.result();
+        // SAFETY: the executable graph does not need its template.
+        unsafe { driver::graph::destroy(graph) }.map_err(failed("cuGraphDestroy"))?;
+        instantiated.map_err(failed("cuGraphInstantiate"))?;
+        Ok(Graph {
+            handle,
+            context: Some(Rc::clone(context)),
+        })
+    }
+
+    /// Does what a graph holds.
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    pub fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
+        match self.raw() {
+            None => Ok(()),
+            // SAFETY: graph and stream are alive; the graph's memory is kept by whoever keeps the graph.
+            Some(stream) => unsafe { driver::graph::launch(graph.handle, stream) }
+                .map_err(failed("cuGraphLaunch")),
+        }
+    }
+
+    /// Makes this device's context the calling thread's, as every thread that uses the stream must once.
+    ///
+    /// # Errors
+    ///
+    /// If the driver fails.
+    pub fn make_current(&self) -> Result<(), CudaError> {
+        match &self.context {
+            None => Ok(()),
+            // SAFETY: the context is alive.
+            Some(context) => unsafe { driver::ctx::set_current(context.handle) }
+                .map_err(failed("cuCtxSetCurrent")),
+        }
+    }
+}
+
+/// Device memory of our own. Freed when dropped, after the stream's work is done.
+pub struct Buffer {
+    view: View,
+    asked: usize,
+    context: Option<Rc<Context>>,
+    allocated: Rc<Cell<usize>>,
+}
+
+impl Buffer {
+    /// All of it.
+    pub fn view(&self) -> View {
+        self.view
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.allocated.set(self.allocated.get() - self.asked);
+        if let Some(context) = &self.context {
+            // SAFETY: nothing on the stream uses the memory any more once it is synchronised; it is freed once.
+            unsafe {
+                let _ = driver::stream::synchronize(context.stream);
+                let _ = driver::free_sync(self.view.address());
+            }
+        }
+    }
+}
+
+/// A moment of the stream's work.
+pub struct Event {
+    handle: sys::CUevent,
+    context: Option<Rc<Context>>,
+}
+
+impl Event {
+    /// Waits for both and takes the difference. 0 in a dry run.
+    ///
+    /// # Errors
+    ///
+    /// If the work before this event failed.
+    pub fn milliseconds_since(&self, earlier: &Self) -> Result<f32, CudaError> {
+        if self.context.is_none() {
+            return Ok(0.0);
+        }
+        // SAFETY: both events were recorded on the one stream, and are alive.
+        unsafe {
+            driver::event::synchronize(self.handle).map_err(failed("cuEventSynchronize"))?;
+            driver::event::elapsed(earlier.handle, self.handle)
+                .map_err(failed("cuEventElapsedTime"))
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.context.is_some() {
+            // SAFETY: made by `Stream::event`, destroyed once.
+            let _ = unsafe { driver::event::destroy(self.handle) };
+        }
+    }
+}
+
+/// Recorded work. The memory that it touches must outlive it.
+pub struct Graph {
+    handle: sys::CUgraphExec,
+    context: Option<Rc<Context>>,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if let Some(context) = &self.context {
+            // SAFETY: made by `Stream::capture`, destroyed once, when it no longer runs.
+            unsafe {
+                let _ = driver::stream::synchronize(context.stream);
+                let _ = driver::graph::exec_destroy(self.handle);
+            }
+        }
+    }
+}
+
+/// A device pointer as C functions want it.
+pub(crate) fn pointer(view: View) -> *mut c_void {
+    view.address() as *mut c_void
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dry_stream_counts_memory_and_gives_it_back() {
+        let stream = Stream::dry();
+        let buffer = stream.allocate(1000, "a test").expect("nothing is taken");
+        assert_eq!(stream.allocated_bytes(), 1024);
+        assert_eq!(buffer.view().bytes(), 1000);
+        drop(buffer);
+        assert_eq!(stream.allocated_bytes(), 0);
+    }
+
+    #[test]
+    fn without_a_driver_the_error_says_so() {
+        // On a machine with a driver and a card this opens one, which is as good.
+        match Stream::open(&OpenOptions::default()) {
+            Ok(stream) => assert!(!stream.is_dry()),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(
+                    ["NVIDIA driver", "NVRTC", "cuBLASLt", "no device"]
+                        .iter()
+                        .any(|part| text.contains(part)),
+                    "{text}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_dry_stream_counts_copies() {
+        let stream = Stream::dry();
+        let buffer = stream.allocate(64, "a test").expect("nothing is taken");
+        stream
+            .copy_rows(buffer.view(), 16, buffer.view().skip(8), 16, 8, 3)
+            .expect("nothing is done");
+        let tally = stream.tallies()[Work::Elementwise as usize];
+        assert_eq!((tally.launches, tally.bytes), (1, 48.0));
+    }
+}

@@ -1,0 +1,146 @@
+//! Buffers with guards, pseudo-random numbers and distances, for the tests of single kernels.
+
+use engine_cuda::{Buffer, Half, Stream, View};
+
+/// Bytes before and behind every output that no kernel may touch.
+const GUARD_BYTES: usize = 256;
+
+/// What outputs and guards are filled with: a NaN in every float type.
+const POISON: u8 = 0xFF;
+
+/// Relative error of one rounding to T, in the root mean square, with room for a second one.
+pub fn rounding(t: Half) -> f64 {
+    match t {
+        Half::Bf16 => 4e-3,
+        Half::F16 => 5e-4,
+    }
+}
+
+/// `bf16` or `f16`.
+pub fn name(t: Half) -> &'static str {
+    match t {
+        Half::Bf16 => "bf16",
+        Half::F16 => "f16",
+    }
+}
+
+/// Nearly normal numbers: sums of uniform ones from SplitMix64.
+pub fn numbers(seed: u64, count: usize, scale: f32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d;
+    let mut uniform = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32 - 0.5
+    };
+    (0..count)
+        .map(|_| scale * (uniform() + uniform() + uniform()) * 2.0)
+        .collect()
+}
+
+/// `‖found − expected‖/‖expected‖`; infinite if anything is not finite.
+pub fn distance(found: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len(), "lengths");
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut found.iter().zip(expected).map(|(f, e)| f - e));
+    let error = difference / norm(&mut expected.iter().copied()).max(f64::MIN_POSITIVE);
+    if error.is_finite() {
+        error
+    } else {
+        f64::INFINITY
+    }
+}
+
+/// How many values differ in any bit.
+pub fn differing<V: PartialEq>(found: &[V], expected: &[V]) -> f64 {
+    assert_eq!(found.len(), expected.len(), "lengths");
+    found.iter().zip(expected).filter(|(f, e)| f != e).count() as f64
+}
+
+/// The bits of f32 values.
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// A buffer with guards.
+pub struct Guarded {
+    buffer: Buffer,
+    bytes: usize,
+}
+
+impl Guarded {
+    /// Its middle.
+    pub fn view(&self) -> View {
+        self.buffer.view().skip(GUARD_BYTES).take(self.bytes)
+    }
+}
+
+/// A stream and the type to test with.
+#[derive(Clone, Copy)]
+pub struct Bench<'a> {
+    pub s: &'a Stream,
+    pub t: Half,
+}
+
+impl Bench<'_> {
+    /// A poisoned output of so many bytes.
+    pub fn output(&self, bytes: usize) -> Guarded {
+        let buffer = self
+            .s
+            .allocate(bytes + 2 * GUARD_BYTES, "a test")
+            .expect("tests are small");
+        self.s.fill(buffer.view(), POISON).expect("fill");
+        Guarded { buffer, bytes }
+    }
+
+    /// Values on the device.
+    pub fn upload<V: bytemuck::NoUninit>(&self, values: &[V]) -> Guarded {
+        let guarded = self.output(size_of_val(values));
+        self.s.upload(guarded.view(), values).expect("upload");
+        guarded
+    }
+
+    /// Values rounded to T on the device, and what they were rounded to.
+    pub fn half(&self, values: &[f32]) -> (Guarded, Vec<f64>) {
+        let rounded = self.t.from_f32(values);
+        (self.upload(&rounded), self.wide(&rounded))
+    }
+
+    fn wide(&self, values: &[u16]) -> Vec<f64> {
+        let wide = self.t.to_f32(values);
+        wide.into_iter().map(f64::from).collect()
+    }
+
+    /// What lies in a buffer.
+    ///
+    /// # Panics
+    ///
+    /// If a kernel wrote beyond it.
+    pub fn read<V: bytemuck::AnyBitPattern + bytemuck::NoUninit>(
+        &self,
+        guarded: &Guarded,
+    ) -> Vec<V> {
+        let all = guarded.buffer.view();
+        for guard in [all.take(GUARD_BYTES), all.skip(GUARD_BYTES + guarded.bytes)] {
+            let bytes: Vec<u8> = self.s.download(guard, GUARD_BYTES).expect("download");
+            assert!(
+                bytes.iter().all(|byte| *byte == POISON),
+                "a kernel wrote beyond its output"
+            );
+        }
+        let count = guarded.bytes / size_of::<V>();
+        self.s.download(guarded.view(), count).expect("download")
+    }
+
+    /// The values of T in a buffer.
+    pub fn read_half(&self, guarded: &Guarded) -> Vec<f64> {
+        self.wide(&self.read::<u16>(guarded))
+    }
+
+    /// The f32 values in a buffer.
+    pub fn read_f32(&self, guarded: &Guarded) -> Vec<f64> {
+        let values = self.read::<f32>(guarded);
+        values.into_iter().map(f64::from).collect()
+    }
+}
