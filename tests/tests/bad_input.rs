@@ -104,7 +104,7 @@ fn a_caption_over_the_token_limit_is_named_with_its_count() {
         },
         "embed-text",
         &[],
-        &["a knight with", "77", "tokens"],
+        &["a knight with", "64", "tokens"],
     );
 }
 
@@ -225,7 +225,10 @@ fn a_negative_prompt_that_would_do_nothing() {
     refuses(
         |_| {},
         "sample",
-        &["sample.negative_prompt=\"blurry\""],
+        &[
+            "sample.negative_prompt=\"blurry\"",
+            "sample.true_cfg_scale=1.0",
+        ],
         &["negative", "true_cfg_scale"],
     );
 }
@@ -276,7 +279,7 @@ fn other_base(project: &Project) -> String {
     }
     let ended = Ended::of(
         std::process::Command::new(end_to_end::program("spritelora"))
-            .args(["random-base", "--preset", "demo", "--seed", "5", "--out"])
+            .args(["random-base", "--preset", "small", "--seed", "5", "--out"])
             .arg(&base)
             .arg("--tokenizers")
             .arg(project.path("tokenizers")),
@@ -296,7 +299,7 @@ fn embeddings_of_another_length_than_the_model_wants() {
             "embed_text.public_embeddings={:?}",
             public.display().to_string()
         )],
-        &["public-embeddings.parquet", "2 T5 tokens", "77"],
+        &["public-embeddings.parquet", "2 T5 tokens", "64"],
     );
 }
 
@@ -305,7 +308,7 @@ fn embeddings_put_in_the_place_of_others() {
     refuses(
         |project| {
             let other = Project::new(3);
-            let length = ["embed_text.t5_tokens=64", "sample.t5_tokens=64"];
+            let length = ["embed_text.t5_tokens=48", "sample.t5_tokens=48"];
             assert_eq!(other.xtask("prepare", &length).code, 0);
             let theirs = other.artifact("embed-text", "embeddings.parquet");
             let ours = project.artifact("embed-text", "embeddings.parquet");

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
+use engine::EngineError;
 use lora::LoraError;
 use mmdit::{ConfigError, MmditError};
 use pipeline::{FailureKind, StageError};
@@ -96,6 +97,9 @@ pub enum EvaluateError {
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// There is no such engine, or not for this device and precision.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
     /// The transformer's configuration cannot be used.
     #[error(transparent)]
     TransformerConfig(#[from] ConfigError),

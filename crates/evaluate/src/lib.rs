@@ -40,11 +40,12 @@ use std::io::Write as _;
 
 use artifacts::{digest_bytes, write_atomically};
 use autoencoder::AutoencoderConfig;
+use engine::{EngineChoice, Factors, Opening};
 use lora::{LoraFile, Target};
-use mmdit::{Adapter, Adapters, BaseWeights, LoadOptions, Mmdit, MmditConfig};
+use mmdit::{BaseWeights, MmditConfig};
 use pipeline::recipe::{BaseFormat, PrecisionChoice};
 use pipeline::{Stage, StageContext, StageReport, WeightPart, files, outputs};
-use tensor::{Device, Precision};
+use tensor::Precision;
 
 pub use crate::error::EvaluateError;
 pub use crate::report::{Group, GroupKind, Report};
@@ -187,15 +188,19 @@ fn held_out_loss(
     let device = tensor::device::select(&context.options.device)?;
     let vae_path = context.weights_dir(WeightPart::Vae).join("config.json");
     let vae = AutoencoderConfig::from_file(&vae_path)?;
-    let adapters = trained_adapters(context, config, &device)?;
+    let lora = trained_lora(context, config)?;
     let train = &context.recipe.train;
-    let options = LoadOptions {
+    let precision = match train.precision {
+        PrecisionChoice::F32 => Precision::F32,
+        PrecisionChoice::Bf16 => Precision::Bf16,
+        PrecisionChoice::Fp16 => Precision::F16,
+    };
+    let choice: EngineChoice = context.options.engine.parse()?;
+    let name = choice.resolve(&device, precision)?;
+    let opening = Opening {
+        dir: &context.weights_dir(WeightPart::Transformer),
         device,
-        precision: match train.precision {
-            PrecisionChoice::F32 => Precision::F32,
-            PrecisionChoice::Bf16 => Precision::Bf16,
-            PrecisionChoice::Fp16 => Precision::F16,
-        },
+        precision,
         base: match train.base_format {
             BaseFormat::Plain => BaseWeights::Plain,
             BaseFormat::Nf4 => BaseWeights::Nf4 {
@@ -204,27 +209,27 @@ fn held_out_loss(
             BaseFormat::Nf4DoubleQuant => BaseWeights::Nf4 { double_quant: true },
         },
     };
-    let model = Mmdit::open(&context.weights_dir(WeightPart::Transformer), &options)?;
-    loss::measure(context, held_out, &model, &adapters, &vae)
+    let mut engine = engine::open(name, &opening)?;
+    loss::measure(context, held_out, engine.as_mut(), &lora, &vae)
 }
 
 /// The LoRA that `train` made, at the strength that it was trained at.
-fn trained_adapters(
+fn trained_lora(
     context: &StageContext,
     config: &MmditConfig,
-    device: &Device,
-) -> Result<Adapters, EvaluateError> {
+) -> Result<Vec<Factors>, EvaluateError> {
     let targets: Vec<Target> = config
         .linears()
         .into_iter()
         .map(|layer| Target::new(layer.path, layer.in_features, layer.out_features))
         .collect();
     let file = LoraFile::read(&context.input(Stage::Train).path(files::LORA), &targets)?;
-    let mut adapters = Adapters::none();
-    for (path, module) in &file.modules {
-        let (a, b) = (module.a.clone(), module.b.clone());
-        let adapter = Adapter::from_values(a, b, module.rank, module.scale(), device);
-        adapters.push(path.as_str(), adapter);
-    }
-    Ok(adapters)
+    let factors = file.modules.into_iter().map(|(path, module)| Factors {
+        path,
+        rank: module.rank,
+        scale: module.scale(),
+        a: module.a,
+        b: module.b,
+    });
+    Ok(factors.collect())
 }

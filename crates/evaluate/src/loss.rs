@@ -6,12 +6,13 @@
 //! the LoRA's, and reports of two LoRAs on one base can be compared number by number.
 
 use autoencoder::{AutoencoderConfig, Posterior};
+use engine::{Engine, Factors, Input};
 use flow_matching::{Purpose, Stream, add_noise, velocity_target, weighted_mse};
-use mmdit::{Adapters, Mmdit, MmditInput, patchify, unpatchify};
+use mmdit::{image_ids, patchify, text_ids, unpatchify};
 use pipeline::StageContext;
 use pipeline::recipe::EvaluateRecipe;
 use serde::{Deserialize, Serialize};
-use tensor::{Tensor, from_f32, to_f32};
+use tensor::{Device, Tensor, from_f32, to_f32};
 
 use crate::error::EvaluateError;
 use crate::held_out::{HeldOut, HeldOutPicture, location};
@@ -64,7 +65,7 @@ pub struct HeldOutLoss {
     pub pictures: Vec<PictureLoss>,
 }
 
-/// Measures all pictures, one forward pass for the base and one with the adapters for each picture, draw and level.
+/// Measures all pictures, first the base and then with the LoRA: one forward pass for each picture, draw and level.
 ///
 /// # Errors
 ///
@@ -72,50 +73,71 @@ pub struct HeldOutLoss {
 pub fn measure(
     context: &StageContext,
     held_out: &HeldOut,
-    model: &Mmdit,
-    adapters: &Adapters,
+    engine: &mut dyn Engine,
+    lora: &[Factors],
     vae: &AutoencoderConfig,
 ) -> Result<HeldOutLoss, EvaluateError> {
     let recipe = &context.recipe.evaluate;
     let meter = Meter {
         recipe,
-        model,
-        adapters,
         vae,
+        device: tensor::device::cpu(),
         guidance: context.recipe.train.guidance as f32,
         batch: context.options.batch.unwrap_or(USUAL_BATCH).max(1),
     };
-    let job = context
-        .progress
-        .job("held-out loss", held_out.pictures.len() as u64, "pictures");
-    let mut pictures = Vec::with_capacity(held_out.pictures.len());
-    for picture in &held_out.pictures {
-        pictures.push(meter.measure(held_out, picture)?);
-        job.advance(1);
+    let job = context.progress.job(
+        "held-out loss",
+        2 * held_out.pictures.len() as u64,
+        "pictures",
+    );
+    let mut losses = [Vec::new(), Vec::new()];
+    for ((factors, with), losses) in [(&[][..], "without the LoRA"), (lora, "with the LoRA")]
+        .into_iter()
+        .zip(&mut losses)
+    {
+        engine.set_lora(factors);
+        for picture in &held_out.pictures {
+            losses.push(meter.measure(engine, held_out, picture, with)?);
+            job.advance(1);
+        }
     }
     job.finish();
+    let [base, lora] = losses;
+    let pictures = held_out
+        .pictures
+        .iter()
+        .zip(base.into_iter().zip(lora))
+        .map(|(picture, (base, lora))| PictureLoss {
+            sample_id: picture.sample.sample_id.clone(),
+            source_file: location(&picture.sample),
+            base,
+            lora,
+        })
+        .collect();
     Ok(summary(recipe, pictures))
 }
 
 struct Meter<'a> {
     recipe: &'a EvaluateRecipe,
-    model: &'a Mmdit,
-    adapters: &'a Adapters,
     vae: &'a AutoencoderConfig,
+    /// Where noise is added and losses are taken: an engine takes and gives plain numbers.
+    device: Device,
     guidance: f32,
     batch: usize,
 }
 
 impl Meter<'_> {
+    /// The picture's losses by noise level, each a mean over the draws.
     fn measure(
         &self,
+        engine: &mut dyn Engine,
         held_out: &HeldOut,
         picture: &HeldOutPicture,
-    ) -> Result<PictureLoss, EvaluateError> {
+        with: &'static str,
+    ) -> Result<Vec<f64>, EvaluateError> {
         let latent = held_out.latent(picture)?;
         let [c, h, w] = latent.shape;
-        let device = self.model.device();
-        let tensor = |values: Vec<f32>| from_f32::<4>(values, [1, c, h, w], device);
+        let tensor = |values: Vec<f32>| from_f32::<4>(values, [1, c, h, w], &self.device);
         let posterior = Posterior {
             mean: tensor(latent.mean),
             logvar: tensor(latent.logvar).clamp(LOGVAR_MIN, LOGVAR_MAX),
@@ -136,13 +158,12 @@ impl Meter<'_> {
             }
         }
         let text = held_out.text(picture)?;
-        let [tokens, width] = text.shape;
-        let prompt_embeds = from_f32::<3>(text.prompt_embeds, [1, tokens, width], device);
-        let pooled_width = text.pooled.len();
-        let pooled = from_f32::<2>(text.pooled, [1, pooled_width], device);
-        let rope = self.model.rope(tokens, [h, w]);
+        let mut positions = text_ids(text.shape[0]);
+        positions.extend(image_ids(h, w));
+        let velocity_channels = engine.config().velocity_channels();
+        let guided = engine.config().guidance_embeds;
 
-        let mut sums = [(); 2].map(|()| vec![0.0; self.recipe.sigmas.len()]);
+        let mut sums = vec![0.0; self.recipe.sigmas.len()];
         for batch in points.chunks(self.batch) {
             let b = batch.len();
             let stack = |part: fn(&Point) -> &Tensor<4>| {
@@ -155,50 +176,34 @@ impl Meter<'_> {
                 .collect();
             let target = velocity_target(x0.clone(), noise.clone());
             let guidance = vec![self.guidance; b];
-            let input = MmditInput {
-                hidden_states: patchify(add_noise(x0, noise, &sigmas)),
-                encoder_hidden_states: prompt_embeds.clone().repeat_dim(0, b),
-                pooled_projections: pooled.clone().repeat_dim(0, b),
+            let hidden_states = patchify(add_noise(x0, noise, &sigmas)); // b n 4c
+            let [_, n, _] = hidden_states.dims();
+            let velocity = engine.velocity(&Input {
+                hidden_states: &to_f32(&hidden_states),
+                encoder_hidden_states: &text.prompt_embeds.repeat(b),
+                pooled_projections: &text.pooled.repeat(b),
                 timestep: &sigmas, // the training table is not shifted: a timestep is 1000σ
-                guidance: self
-                    .model
-                    .config()
-                    .guidance_embeds
-                    .then_some(guidance.as_slice()),
-                rope: &rope,
-            };
-            let none = Adapters::none();
-            for ((adapters, with), sums) in [
-                (&none, "without the LoRA"),
-                (self.adapters, "with the LoRA"),
-            ]
-            .into_iter()
-            .zip(&mut sums)
-            {
-                let velocity = unpatchify(self.model.forward(&input, adapters), h, w);
-                for (row, (_, _, level)) in batch.iter().enumerate() {
-                    let [found, wanted] = [&velocity, &target].map(|t| t.clone().narrow(0, row, 1)); // 1 c h w
-                    let loss = f64::from(to_f32(&weighted_mse(found, wanted, &[1.0]))[0]);
-                    if !loss.is_finite() {
-                        return Err(EvaluateError::NotFinite {
-                            source_file: location(&picture.sample),
-                            sigma: sigmas[row],
-                            loss,
-                            with,
-                        });
-                    }
-                    sums[*level] += loss;
+                guidance: guided.then_some(guidance.as_slice()),
+                positions: &positions,
+            });
+            let velocity = from_f32(velocity, [b, n, velocity_channels], &self.device);
+            let velocity = unpatchify(velocity, h, w);
+            for (row, (_, _, level)) in batch.iter().enumerate() {
+                let [found, wanted] = [&velocity, &target].map(|t| t.clone().narrow(0, row, 1)); // 1 c h w
+                let loss = f64::from(to_f32(&weighted_mse(found, wanted, &[1.0]))[0]);
+                if !loss.is_finite() {
+                    return Err(EvaluateError::NotFinite {
+                        source_file: location(&picture.sample),
+                        sigma: sigmas[row],
+                        loss,
+                        with,
+                    });
                 }
+                sums[*level] += loss;
             }
         }
         let draws = f64::from(self.recipe.draws);
-        let [base, lora] = sums.map(|sums| sums.into_iter().map(|sum| sum / draws).collect());
-        Ok(PictureLoss {
-            sample_id: picture.sample.sample_id.clone(),
-            source_file: location(&picture.sample),
-            base,
-            lora,
-        })
+        Ok(sums.into_iter().map(|sum| sum / draws).collect())
     }
 }
 
