@@ -239,7 +239,7 @@ fn wrong_usage_and_bad_recipes_exit_with_2() {
             "did you mean train.steps?",
         ),
         (
-            vec!["sample", "--negative-prompt", "blurry"],
+            vec!["sample", "--negative-prompt", "blurry", "--true-cfg", "1"],
             "true_cfg_scale",
         ),
         (vec!["train"], "train cannot run: ingest is not fresh"),
@@ -326,6 +326,8 @@ fn a_stage_is_started_with_recipe_runs_and_changes() {
         runs.to_str().expect("UTF-8"),
         "--device",
         "cpu",
+        "--engine",
+        "auto",
         "--set",
         "name=\"x\"",
         "--threads",
@@ -344,13 +346,13 @@ fn a_stage_is_started_with_recipe_runs_and_changes() {
 #[test]
 fn held_out_pictures_are_prepared_by_the_same_subcommand_with_an_option() {
     let world = World::new();
-    world.spritelora_is("echo \"$1 ${10} $#\" >&2; exit 1");
+    world.spritelora_is("echo \"$1 ${12} $#\" >&2; exit 1");
     let output = world.xtask(&["evaluate", "--set", "name=x", "--device=cpu"]);
     assert_eq!(
         stdout(&output),
         "ingest (held-out): Dirty: no earlier run\n"
     );
-    assert_eq!(stderr(&output).trim(), "ingest --held-out 10");
+    assert_eq!(stderr(&output).trim(), "ingest --held-out 12");
 }
 
 #[test]
