@@ -17,11 +17,11 @@ const TRANSFORMERS_VERSION: &str = "5.23.0";
 /// A set of sizes that has a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preset {
-    /// About 5 M parameters, more than half of them in the two vocabularies: what `cargo xtask run` trains on.
+    /// About 4 M parameters, more than half of them in the two vocabularies: the least that has everything FLUX.1 has.
     ///
     /// VAE ÷8 with 16 latent channels, as FLUX.1: a sprite of 32×32 pixels magnified four times is 8×8 tokens.
     Demo,
-    /// About 13 M parameters: the base that `cargo xtask pretrain` trains and the repository ships.
+    /// About 13.6 M parameters: the base that `configs/pretrain-small.toml` trains and the repository ships.
     ///
     /// VAE ÷4, so that a sprite pixel magnified four times is one latent cell; 128×128 pixels are 16×16 tokens.
     Small,
