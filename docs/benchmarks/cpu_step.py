@@ -5,12 +5,15 @@ PyTorch's scaled_dot_product_attention. A training step is what a step of the re
 loss, backward, clipping by global norm, AdamW. Nothing but the LoRA gets gradients. A sampling step is a forward pass without
 gradients for one picture (and, as a second figure, for a batch of four) and the Euler update.
 
-Needs torch, diffusers and peft (the oracle's environment); prints one JSON document.
+Needs torch, diffusers and peft (the oracle's environment). By itself it prints one JSON document; with --serve it says
+what it is and then answers lines such as "training_step 4" with the times of so many steps, so that `cargo xtask bench
+cpu --python FILE` can let both sides take turns.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import diffusers
@@ -58,26 +61,23 @@ def inputs(batch):
     }
 
 
-def seconds(step, repeats):
-    for _ in range(3):
-        step()
+def times_of(step, repeats):
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    return {"median_s": statistics.median(times), "least_s": min(times), "repeats": repeats}
+    return times
 
 
-def training(transformer, repeats):
-    transformer.train()
-    transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
+def training(transformer):
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-4)
     given = inputs(BATCH)
     latents = given.pop("hidden_states")
 
     def step():
+        transformer.train()
         noise = torch.randn_like(latents)
         sigma = given["timestep"][:, None, None]
         noisy = (1 - sigma) * latents + sigma * noise
@@ -89,40 +89,54 @@ def training(transformer, repeats):
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return seconds(step, repeats)
+    return step
 
 
-def sampling(transformer, batch, repeats):
-    transformer.eval()
+def sampling(transformer, batch):
     given = inputs(batch)
     latents = given.pop("hidden_states")
 
     @torch.inference_mode()
     def step():
+        transformer.eval()
         return latents - 0.02 * transformer(hidden_states=latents, **given)[0]
 
-    return seconds(step, repeats)
+    return step
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--serve", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    transformer = model()
-    result = {
+    plain, adapted = model(), model()
+    adapted.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
+    steps = {
+        "training_step": training(adapted),
+        "sampling_step": sampling(plain, 1),
+        "sampling_step_of_4": sampling(plain, BATCH),
+        # Unmerged, as load_lora_weights leaves it.
+        "sampling_step_with_lora": sampling(adapted, 1),
+    }
+    about = {
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "peft": peft.__version__,
         "threads": torch.get_num_threads(),
-        "sampling_step": sampling(transformer, 1, options.repeats),
-        "sampling_step_of_4": sampling(transformer, 4, options.repeats),
-        "training_step": training(transformer, options.repeats),
     }
-    # With the LoRA on, unmerged, as load_lora_weights leaves it.
-    result["sampling_step_with_lora"] = sampling(transformer, 1, options.repeats)
-    print(json.dumps(result))
+    if options.serve:
+        print(json.dumps(about), flush=True)
+        for line in sys.stdin:
+            figure, repeats = line.split()
+            print(json.dumps(times_of(steps[figure], int(repeats))), flush=True)
+        return
+    for figure, step in steps.items():
+        times_of(step, 3)
+        times = times_of(step, options.repeats)
+        about[figure] = {"median_s": statistics.median(times), "least_s": min(times), "repeats": options.repeats}
+    print(json.dumps(about))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 //!
 //! 128 px through a VAE ÷4 are 256 image tokens, with 64 text tokens; 2 double and 3 single blocks of width 256; LoRA
 //! of rank 4 on the recipe's targets; a training step is a batch of four with noising, loss, backward pass, clipping
-//! and AdamW. Weights are random. Figures are medians over the steps before and after PyTorch's turn, so that a
-//! machine that slows down meanwhile slows both.
+//! and AdamW. Weights are random. Both sides take turns of a few steps, so that a machine that slows down meanwhile slows
+//! both; the first turn of each is not counted.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use console::{print_document, print_line};
 use engine::cpu::Cpu;
@@ -36,6 +36,12 @@ const BATCH: usize = 4;
 const RANK: usize = 4;
 const TARGETS: [&str; 4] = [".to_q", ".to_k", ".to_v", ".to_out.0"];
 
+/// Steps that one side takes before the other's turn.
+const STEPS_A_TURN: usize = 4;
+
+/// As long as PyTorch's threads wait actively for more work.
+const SPIN: Duration = Duration::from_millis(300);
+
 /// Figures by PyTorch's names for them.
 const FIGURES: [&str; 4] = [
     "training_step",
@@ -51,7 +57,7 @@ pub struct CpuBench {
     pub python: Option<PathBuf>,
     /// `docs/benchmarks/cpu_step.py`.
     pub script: PathBuf,
-    /// Steps of each kind, after three that are not counted; half of them before PyTorch's turn.
+    /// Steps of each kind, rounded up to whole turns.
     pub repeats: usize,
     /// Whether the portable engine is measured too.
     pub portable: bool,
@@ -160,21 +166,25 @@ fn measure(bench: &CpuBench) -> Result<Value, BenchError> {
         .map(|name| Contestant::new(name, &model))
         .collect::<Result<Vec<_>, _>>()?;
     let num_threads = rayon::current_num_threads();
-    let half = bench.repeats.div_ceil(2);
-    for contestant in &mut contestants {
-        contestant.measure(half);
-    }
-    let peer = match &bench.python {
-        Some(python) => Some(Peer::run(
-            python,
-            &bench.script,
-            num_threads,
-            bench.repeats,
-        )?),
+    let mut peer = match &bench.python {
+        Some(python) => Some(Peer::start(python, &bench.script, num_threads)?),
         None => None,
     };
-    for contestant in &mut contestants {
-        contestant.measure(half);
+    let mut peer_times: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for round in 0..=bench.repeats.div_ceil(STEPS_A_TURN) {
+        for figure in FIGURES {
+            for contestant in &mut contestants {
+                contestant.take_turn(figure, round > 0);
+            }
+            if let Some(peer) = &mut peer {
+                let times = peer.times(figure, STEPS_A_TURN)?;
+                // Its threads go on spinning for a while when their work is done.
+                std::thread::sleep(SPIN);
+                if round > 0 {
+                    peer_times.entry(figure).or_default().extend(times);
+                }
+            }
+        }
     }
 
     let mut document = json!({
@@ -192,16 +202,20 @@ fn measure(bench: &CpuBench) -> Result<Value, BenchError> {
             .collect();
         document[contestant.name.to_string()] = json!(figures);
     }
-    if let Some(peer) = peer {
-        let mut ratios = BTreeMap::new();
-        for figure in FIGURES {
-            let [median, _] = peer.seconds(figure)?;
-            let ours = document["cpu"][figure]["median_s"]
-                .as_f64()
-                .unwrap_or(f64::NAN);
-            ratios.insert(figure, median / ours);
-        }
-        document["pytorch"] = peer.document;
+    if let Some(peer) = &peer {
+        let figures: BTreeMap<&str, Seconds> = peer_times
+            .into_iter()
+            .map(|(figure, times)| (figure, Seconds::of(times)))
+            .collect();
+        let ratios: BTreeMap<&str, f64> = figures
+            .iter()
+            .map(|(figure, theirs)| {
+                let ours = document["cpu"][figure]["median_s"].as_f64();
+                (*figure, theirs.median_s / ours.unwrap_or(f64::NAN))
+            })
+            .collect();
+        document["pytorch"] = json!(figures);
+        document["pytorch"]["about"] = peer.about.clone();
         document["times_pytorch_speed"] = json!(ratios);
     }
     Ok(document)
@@ -335,38 +349,28 @@ impl Contestant {
         })
     }
 
-    fn measure(&mut self, repeats: usize) {
-        let Self {
-            drawing,
-            training,
-            factors,
-            batches: [one, four],
-            times,
-            ..
-        } = self;
-        let mut take = |figure, step: &mut dyn FnMut()| {
-            for round in 0..repeats + 3 {
-                let start = Instant::now();
-                step();
-                if round >= 3 {
-                    times
-                        .entry(figure)
-                        .or_default()
-                        .push(start.elapsed().as_secs_f64());
-                }
-            }
+    /// Takes some steps of a figure, and keeps their times if they count.
+    fn take_turn(&mut self, figure: &'static str, counts: bool) {
+        let [one, four] = &self.batches;
+        let lora: &[Factors] = match figure {
+            "sampling_step_with_lora" => &self.factors,
+            _ => &[],
         };
-        drawing.set_lora(&[]);
-        take("sampling_step", &mut || draw(drawing.as_mut(), one));
-        take("sampling_step_of_4", &mut || draw(drawing.as_mut(), four));
-        drawing.set_lora(factors);
-        take("sampling_step_with_lora", &mut || {
-            draw(drawing.as_mut(), one)
-        });
-        let batch = std::slice::from_ref(four);
-        take("training_step", &mut || {
-            training.step(batch, 1.0, 1e-3);
-        });
+        self.drawing.set_lora(lora);
+        for _ in 0..STEPS_A_TURN {
+            let start = Instant::now();
+            match figure {
+                "training_step" => {
+                    self.training.step(std::slice::from_ref(four), 1.0, 1e-3);
+                }
+                "sampling_step_of_4" => draw(self.drawing.as_mut(), four),
+                _ => draw(self.drawing.as_mut(), one),
+            }
+            if counts {
+                let times = self.times.entry(figure).or_default();
+                times.push(start.elapsed().as_secs_f64());
+            }
+        }
     }
 }
 

@@ -1,7 +1,9 @@
-//! PyTorch's side: a script that prints one JSON document, run by an interpreter that has torch, diffusers and peft.
+//! PyTorch's side: a script that takes steps when told to and says how long they took, run by an interpreter that has
+//! torch, diffusers and peft.
 
+use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use pipeline::{FailureKind, StageError};
 use serde_json::Value;
@@ -17,16 +19,8 @@ pub enum PeerError {
         /// The system's reason.
         source: std::io::Error,
     },
-    /// The script failed; it has said why.
-    #[error("{} ended with {status}", script.display())]
-    Failed {
-        /// The script.
-        script: PathBuf,
-        /// How it ended.
-        status: ExitStatus,
-    },
-    /// The script's last line is no document, or lacks a figure.
-    #[error("{} printed no figure `{figure}`", script.display())]
+    /// The script has ended (and said why on stderr), or does not know a figure.
+    #[error("{} gave no `{figure}`", script.display())]
     Output {
         /// The script.
         script: PathBuf,
@@ -45,69 +39,74 @@ impl StageError for PeerError {
     }
 }
 
-/// PyTorch's figures.
-#[derive(Clone, Debug, PartialEq)]
+/// PyTorch, ready to take steps.
 pub struct Peer {
-    /// The script's document.
-    pub document: Value,
     script: PathBuf,
+    process: Child,
+    orders: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+    /// Versions and the number of threads, as the script says them.
+    pub about: Value,
 }
 
 impl Peer {
-    /// Runs the script.
+    /// Starts the script, which loads its model and says what it is.
     ///
     /// # Errors
     ///
-    /// If it cannot be run or prints no document.
-    pub fn run(
-        python: &Path,
-        script: &Path,
-        num_threads: usize,
-        repeats: usize,
-    ) -> Result<Self, PeerError> {
-        let output = Command::new(python)
+    /// If it cannot be started or says nothing.
+    pub fn start(python: &Path, script: &Path, num_threads: usize) -> Result<Self, PeerError> {
+        let not_started = |source| PeerError::Start {
+            python: python.to_owned(),
+            source,
+        };
+        let mut process = Command::new(python)
             .arg(script)
-            .args(["--threads", &num_threads.to_string()])
-            .args(["--repeats", &repeats.to_string()])
-            .stderr(Stdio::inherit())
-            .output()
-            .map_err(|source| PeerError::Start {
-                python: python.to_owned(),
-                source,
-            })?;
-        if !output.status.success() {
-            return Err(PeerError::Failed {
-                script: script.to_owned(),
-                status: output.status,
-            });
-        }
-        let text = String::from_utf8_lossy(&output.stdout);
-        let document = text
-            .lines()
-            .last()
-            .and_then(|line| serde_json::from_str(line).ok());
-        Ok(Self {
-            document: document.ok_or(PeerError::Output {
-                script: script.to_owned(),
-                figure: "{}",
-            })?,
+            .args(["--threads", &num_threads.to_string(), "--serve"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(not_started)?;
+        let orders = process.stdin.take().expect("it was asked for");
+        let stdout = process.stdout.take().expect("it was asked for");
+        let mut peer = Self {
             script: script.to_owned(),
-        })
+            process,
+            orders,
+            answers: BufReader::new(stdout).lines(),
+            about: Value::Null,
+        };
+        peer.about = peer.answer("about")?;
+        Ok(peer)
     }
 
-    /// The median and the least time of a figure, in seconds.
+    /// Times of some steps of a figure, in seconds.
     ///
     /// # Errors
     ///
-    /// If the document lacks it.
-    pub fn seconds(&self, figure: &'static str) -> Result<[f64; 2], PeerError> {
-        let number = |key: &str| self.document[figure][key].as_f64();
-        match (number("median_s"), number("least_s")) {
-            (Some(median), Some(least)) => Ok([median, least]),
-            _ => Err(PeerError::Output {
+    /// If the script has ended, or does not know the figure.
+    pub fn times(&mut self, figure: &'static str, count: usize) -> Result<Vec<f64>, PeerError> {
+        // A script that has ended is noticed when it does not answer.
+        let _ = writeln!(self.orders, "{figure} {count}").and_then(|()| self.orders.flush());
+        let answer = self.answer(figure)?;
+        let times = answer.as_array().into_iter().flatten();
+        Ok(times.filter_map(Value::as_f64).collect())
+    }
+
+    fn answer(&mut self, figure: &'static str) -> Result<Value, PeerError> {
+        let line = self.answers.next().and_then(Result::ok);
+        line.and_then(|line| serde_json::from_str(&line).ok())
+            .ok_or_else(|| PeerError::Output {
                 script: self.script.clone(),
                 figure,
-            }),
-        }
+            })
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // Only ever reading and computing, it has nothing to lose.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }

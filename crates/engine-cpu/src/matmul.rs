@@ -194,18 +194,35 @@ impl Product<'_> {
         for (left, right) in self.terms {
             let size = right.depth * PANEL;
             let steps: &[Vector<S, f32>] = cast_slice(&right.data[panel * size..][..size]);
-            // Rows beyond the end repeat the last; their sums are not kept.
+            let mut rest = left.values[first_row * left.stride..].chunks(left.stride);
+            let mut row: &[f32] = &[];
             let rows: [&[f32]; MR] = std::array::from_fn(|i| {
-                &left.values[(first_row + i).min(last_row) * left.stride..][..right.depth]
+                // Rows beyond the end repeat the last; their sums are not kept.
+                if first_row + i <= last_row
+                    && let Some(next) = rest.next()
+                {
+                    row = &next[..right.depth];
+                }
+                row
             });
             // In and out by value: behind a reference, every sum would be stored at every step.
             sums = multiply::<S, MR, NV>(rows, steps, sums);
         }
         let first_column = panel * PANEL;
         let width = PANEL.min(self.columns - first_column);
+        let start = first_row * self.stride + first_column;
+        if matches!(self.start, Start::Zero) && self.stride == PANEL && first_row + MR <= self.rows
+        {
+            // Rows without gaps, as panels of scores have them, are one piece.
+            let (out, _) = self.out[start..start + MR * PANEL].as_chunks_mut::<PANEL>();
+            for (out, sums) in out.iter_mut().zip(&sums) {
+                out.copy_from_slice(cast_slice(sums));
+            }
+            return;
+        }
         for (i, sums) in sums.iter().enumerate().take(self.rows - first_row) {
             let sums: &[f32] = cast_slice(sums);
-            let place = (first_row + i) * self.stride + first_column;
+            let place = start + i * self.stride;
             let out = &mut self.out[place..place + width];
             match self.start {
                 Start::Zero => copy(out, sums),
