@@ -155,8 +155,8 @@ impl SourceError {
     /// A source that cannot be listed, by its own key: the lister knows `ingest.source` only.
     pub(crate) fn of_listing(error: PipelineError, keys: &'static SourceKeys) -> Self {
         match error {
-            PipelineError::NoSource { path } => Self::Absent { keys, path },
-            PipelineError::EmptySource { path } => Self::Empty { keys, path },
+            PipelineError::NoSource { path, .. } => Self::Absent { keys, path },
+            PipelineError::EmptySource { path, .. } => Self::Empty { keys, path },
             error => Self::List(error),
         }
     }
