@@ -25,7 +25,7 @@ mod tests;
 
 use artifacts::{captions, rejects, samples};
 use pipeline::recipe::IngestRecipe;
-use pipeline::{StageContext, StageReport, files, outputs};
+use pipeline::{DataSet, StageContext, StageReport, files, outputs};
 use pixel_art::Limits;
 use sources::{Source, SourceKeys, SourceRecipe};
 
@@ -44,6 +44,12 @@ const KEYS: SourceKeys = SourceKeys {
     caption_column: "ingest.caption_column",
 };
 
+/// The same for held-out pictures, which differ in nothing but their source.
+const HELD_OUT_KEYS: SourceKeys = SourceKeys {
+    source: "evaluate.held_out",
+    ..KEYS
+};
+
 /// Reads the recipe's source into the stage's directory.
 ///
 /// # Errors
@@ -52,7 +58,7 @@ const KEYS: SourceKeys = SourceKeys {
 /// `ingest.max_rejects` cannot be used, none can, or a table cannot be written.
 pub fn run(context: &StageContext) -> Result<StageReport, IngestError> {
     let recipe = &context.recipe.ingest;
-    let source = open(recipe)?;
+    let source = open(recipe, context.data)?;
     let job = context
         .progress
         .job("read images", source.num_images() as u64, "images");
@@ -107,11 +113,14 @@ pub fn run(context: &StageContext) -> Result<StageReport, IngestError> {
     Ok(report)
 }
 
-fn open(recipe: &IngestRecipe) -> Result<Source, IngestError> {
+fn open(recipe: &IngestRecipe, data: DataSet) -> Result<Source, IngestError> {
     Ok(Source::open(&SourceRecipe {
         path: &recipe.source,
         image_column: &recipe.image_column,
         caption_column: &recipe.caption_column,
-        keys: &KEYS,
+        keys: match data {
+            DataSet::Training => &KEYS,
+            DataSet::HeldOut => &HELD_OUT_KEYS,
+        },
     })?)
 }

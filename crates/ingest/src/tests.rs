@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use artifacts::{CaptionRow, RejectRow, SampleRow, captions, rejects, samples};
 use console::Progress;
-use pipeline::{Failure, Recipe, RunOptions, Stage, StageReport, files, outputs, run_stage};
+use pipeline::{
+    DataSet, Failure, Recipe, RunOptions, Stage, StageReport, files, outputs, run_stage,
+};
 use pixel_art::{Rgba8, encode_png_rgba, identity};
 use tempfile::TempDir;
 
@@ -695,7 +697,7 @@ fn parquet_without_the_column_or_damaged_is_refused() {
     let mut recipe = Recipe::parse(demo, &place, &[]).expect("sound").ingest;
     recipe.source.clone_from(&world.source);
     recipe.caption_column = "caption".to_owned();
-    let error = crate::open(&recipe)
+    let error = crate::open(&recipe, DataSet::Training)
         .map(|_| ())
         .expect_err("no such column");
     let failure = Failure::from(error);
