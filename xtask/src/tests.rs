@@ -41,7 +41,7 @@ fn try_run(options: &TestOptions) -> Result<bool, Failure> {
         .args(["test", "--workspace"])
         .current_dir(program::workspace());
     if options.gpu {
-        command.args(["--features", "spritelora/cuda"]);
+        command.args(["--features", "spritelora/cuda,engine-cuda/gpu-tests"]);
     }
     if options.json {
         // stdout is for the document.
