@@ -60,7 +60,8 @@ pub struct Rates {
 }
 
 impl Rates {
-    /// Measured on an H100 SXM (80 GB).
+    /// Assumed of an H100 SXM (80 GB): about what cuBLASLt, this crate's attention and its memory-bound kernels reach there
+    /// at FLUX.1-dev's shapes. `benches/flux.rs` measures a step against them.
     pub const H100: Self = Self {
         product_flops: 620e12,
         attention_flops: 400e12,
