@@ -8,10 +8,10 @@ use std::rc::Rc;
 use cudarc::driver::result::{self as driver, DriverError};
 use cudarc::driver::sys;
 
+pub use crate::device::DeviceFacts;
 use crate::error::CudaError;
 use crate::gemm::Products;
 use crate::kernels::{Args, Kernels, Launch, Module};
-use crate::libraries;
 pub use crate::meter::{Rates, Tally, Work};
 use crate::view::View;
 
@@ -50,21 +50,6 @@ impl Drop for Context {
     }
 }
 
-/// The device's facts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DeviceFacts {
-    /// Its name.
-    pub name: String,
-    /// Compute capability.
-    pub compute_capability: (u32, u32),
-    /// Number of multiprocessors.
-    pub multiprocessors: u32,
-    /// Memory in all.
-    pub total_bytes: usize,
-    /// The driver's CUDA version, e.g. 13000.
-    pub driver_version: u32,
-}
-
 /// One device and one stream of work on it, or a dry run of that.
 pub struct Stream {
     context: Option<Rc<Context>>,
@@ -92,37 +77,10 @@ impl Stream {
     ///
     /// If the driver, NVRTC or cuBLASLt is not installed, there is no such device, or it is older than Ampere.
     pub fn open(options: &OpenOptions) -> Result<Self, CudaError> {
-        libraries::require_all()?;
-        driver::init().map_err(|_| CudaError::NoDevice)?;
-        let count = driver::device::get_count().map_err(|_| CudaError::NoDevice)? as usize;
-        if count == 0 {
-            return Err(CudaError::NoDevice);
-        }
-        if options.device >= count {
-            return Err(CudaError::NoSuchDevice {
-                index: options.device,
-                count,
-            });
-        }
-        let device = driver::device::get(options.device as i32).map_err(failed("cuDeviceGet"))?;
-        let name = driver::device::get_name(device).map_err(failed("cuDeviceGetName"))?;
-        // SAFETY: `device` comes from the driver.
-        let attribute = |which| unsafe { driver::device::get_attribute(device, which) };
-        use sys::CUdevice_attribute_enum as Attribute;
-        let number = |which| {
-            attribute(which)
-                .map(|value| value as u32)
-                .map_err(failed("cuDeviceGetAttribute"))
-        };
-        let major = number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        if major < 8 {
-            return Err(CudaError::TooOld { name, major, minor });
-        }
-        let multiprocessors = number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let (device, facts) = crate::device::find(options.device)?;
         // SAFETY: `device` comes from the driver; the context is made current before anything is done in it, and
         // `Context` releases both handles once.
-        let (context, total_bytes) = unsafe {
+        let context = unsafe {
             let handle =
                 driver::primary_ctx::retain(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
             driver::ctx::set_current(handle).map_err(failed("cuCtxSetCurrent"))?;
@@ -133,28 +91,14 @@ impl Stream {
                 handle,
                 stream,
             };
-            (
-                Rc::new(context),
-                driver::device::total_mem(device).map_err(failed("cuDeviceTotalMem"))?,
-            )
+            Rc::new(context)
         };
-        let mut driver_version = 0;
-        // SAFETY: the pointer is to a local number.
-        unsafe { sys::cuDriverGetVersion(&mut driver_version) }
-            .result()
-            .map_err(failed("cuDriverGetVersion"))?;
         let allocated = Rc::new(Cell::new(0));
         let products = Products::new(&context)?;
-        let kernels = Kernels::new((major, minor), options.kernel_cache.clone());
+        let kernels = Kernels::new(facts.compute_capability, options.kernel_cache.clone());
         Ok(Self {
             context: Some(context),
-            facts: DeviceFacts {
-                name,
-                compute_capability: (major, minor),
-                multiprocessors,
-                total_bytes,
-                driver_version: driver_version as u32,
-            },
+            facts,
             kernels,
             products,
             meter: RefCell::new(Meter::Off),
