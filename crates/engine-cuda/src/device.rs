@@ -1,11 +1,22 @@
 //! Which card there is, found without opening it: the driver and the libraries are looked for, and one is asked what it is.
 
+use std::path::PathBuf;
+
 use cudarc::driver::result as driver;
 use cudarc::driver::sys;
 
 use crate::error::CudaError;
 use crate::libraries;
 use crate::stream::failed;
+
+/// Which device, and where compiled kernels are kept.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Number of the device, as the driver counts.
+    pub device: usize,
+    /// Folder of compiled kernels; without one they go into the user's cache folder.
+    pub kernel_cache: Option<PathBuf>,
+}
 
 /// The device's facts.
 #[derive(Clone, Debug, PartialEq)]

@@ -17,7 +17,7 @@
 //! The schedule is tested without a GPU too: in unit tests a stream may run the kernels' plain forms on host memory, and
 //! velocity, loss, every gradient, recomputing and accumulation are compared with `mmdit`.
 //!
-//! `unsafe` stands in three places: calls of the driver's C functions ([`device`], [`stream`], [`kernels`], [`gemm`]), launches in
+//! `unsafe` stands in three places: calls of the driver's C functions ([`device`], [`stream`] and its handles, [`kernels`], [`gemm`]), launches in
 //! [`ops`] (whose wrappers assert the sizes of all views first), and nowhere else.
 
 pub mod arena;
@@ -25,6 +25,7 @@ pub mod device;
 pub mod error;
 pub mod gemm;
 pub mod half_type;
+mod handles;
 #[cfg(test)]
 mod host;
 pub mod kernels;

@@ -330,7 +330,8 @@ impl CudaTraining {
         Self::new(engine, lora, optimizer, plan)
     }
 
-    fn new(
+    /// Training with a network that is loaded already.
+    pub(crate) fn new(
         mut engine: model::Engine,
         lora: &TrainableLora,
         optimizer: LoraOptimizer,
