@@ -44,6 +44,9 @@ pub enum Command {
     /// Measure how fast the transformer is
     #[command(disable_help_flag = true)]
     Bench(PassedOn),
+    /// Say what training takes on an NVIDIA card, before anything is loaded
+    #[command(disable_help_flag = true)]
+    Plan(PassedOn),
     /// Write a small untrained base model
     #[command(disable_help_flag = true)]
     RandomBase(PassedOn),
@@ -75,8 +78,8 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: String,
-    /// What executes the transformer in train and sample: auto, portable or cpu
-    #[arg(long, default_value = "auto", value_parser = ["auto", "portable", "cpu"])]
+    /// What executes the transformer in train and sample: auto, portable, cpu or cuda
+    #[arg(long, default_value = "auto", value_parser = ["auto", "portable", "cpu", "cuda"])]
     pub engine: String,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "COUNT")]

@@ -54,6 +54,7 @@ fn main() -> ExitCode {
         Command::Status(options) => status::show(&options),
         Command::Parity(options) => program::pass_through("parity", &options.arguments),
         Command::Bench(options) => program::pass_through("bench", &options.arguments),
+        Command::Plan(options) => program::pass_through("plan", &options.arguments),
         Command::RandomBase(options) => program::pass_through("random-base", &options.arguments),
         Command::Pretrain(options) => program::pass_through("pretrain", &options.arguments),
         Command::Test(options) => tests::run(&options),

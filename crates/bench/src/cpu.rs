@@ -318,12 +318,14 @@ struct Contestant {
 
 impl Contestant {
     fn new(name: EngineName, model: &Model) -> Result<Self, BenchError> {
-        let (drawing, gradients): (Box<dyn Engine>, Box<dyn Gradients>) = match name {
-            EngineName::Cpu => (Box::new(model.by_hand()?), Box::new(model.by_hand()?)),
-            EngineName::Portable => (
+        let (drawing, gradients): (Box<dyn Engine>, Box<dyn Gradients>) = if name == EngineName::Cpu
+        {
+            (Box::new(model.by_hand()?), Box::new(model.by_hand()?))
+        } else {
+            (
                 Box::new(Portable::new(model.portable(cpu())?)),
                 Box::new(PortableGradients::new(model.portable(training(&cpu()))?)),
-            ),
+            )
         };
         let lora = model.lora();
         let config = AdamWConfig {

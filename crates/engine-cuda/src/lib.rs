@@ -9,25 +9,28 @@
 //! Weights are 16-bit floats or NF4; only LoRA factors are trained, so the backward pass computes gradients of inputs
 //! and of factors and nothing else.
 //!
-//! * [`error`], [`view`], [`stream`], [`meter`], [`kernels`], [`gemm`], [`arena`]: the machine.
+//! * [`device`]: which card there is. * [`error`], [`view`], [`stream`], [`meter`], [`kernels`], [`gemm`], [`arena`]: the machine.
 //! * [`ops`]: one typed wrapper per kernel.
 //! * [`model`]: weights, forward, backward, training step, sampler.
-//! * [`plan`]: memory and time before anything is loaded.
+//! * [`plan`]: memory and time before anything is loaded. * [`measure`]: both, as they are.
 //!
 //! The schedule is tested without a GPU too: in unit tests a stream may run the kernels' plain forms on host memory, and
 //! velocity, loss, every gradient, recomputing and accumulation are compared with `mmdit`.
 //!
-//! `unsafe` stands in three places: calls of the driver's C functions ([`stream`], [`kernels`], [`gemm`]), launches in
+//! `unsafe` stands in three places: calls of the driver's C functions ([`device`], [`stream`] and its handles, [`kernels`], [`gemm`]), launches in
 //! [`ops`] (whose wrappers assert the sizes of all views first), and nowhere else.
 
 pub mod arena;
+pub mod device;
 pub mod error;
 pub mod gemm;
 pub mod half_type;
+mod handles;
 #[cfg(test)]
 mod host;
 pub mod kernels;
 mod libraries;
+pub mod measure;
 pub mod meter;
 pub mod model;
 pub mod ops;

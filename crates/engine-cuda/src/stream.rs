@@ -1,28 +1,19 @@
 //! The device, the one stream that all work goes through, its memory, graphs and measurements.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::c_void;
-use std::path::PathBuf;
 use std::rc::Rc;
 
-use cudarc::driver::result::{self as driver, DriverError};
+use cudarc::driver::result as driver;
 use cudarc::driver::sys;
 
+pub use crate::device::{DeviceFacts, OpenOptions};
 use crate::error::CudaError;
 use crate::gemm::Products;
+pub use crate::handles::{Buffer, Event, Graph};
+pub(crate) use crate::handles::{Context, failed, pointer};
 use crate::kernels::{Args, Kernels, Launch, Module};
-use crate::libraries;
 pub use crate::meter::{Rates, Tally, Work};
 use crate::view::View;
-
-/// Which device, and where compiled kernels are kept.
-#[derive(Clone, Debug, Default)]
-pub struct OpenOptions {
-    /// Number of the device, as the driver counts.
-    pub device: usize,
-    /// Folder of compiled kernels; without one they go into the user's cache folder.
-    pub kernel_cache: Option<PathBuf>,
-}
 
 /// What is noted about each launch.
 enum Meter {
@@ -30,39 +21,6 @@ enum Meter {
     Count(Rates, [Tally; 4]),
     /// Kind of work, name, and events around it.
     Time(Vec<(Work, String, Event, Event)>),
-}
-
-/// A context on a device. The driver's handles are valid until this is dropped.
-pub(crate) struct Context {
-    device: sys::CUdevice,
-    handle: sys::CUcontext,
-    pub(crate) stream: sys::CUstream,
-}
-
-impl Drop for Context {
-    fn drop(&mut self) {
-        // SAFETY: both handles come from `Stream::open` and are released once, here; errors at the end change nothing.
-        unsafe {
-            let _ = driver::stream::synchronize(self.stream);
-            let _ = driver::stream::destroy(self.stream);
-            let _ = driver::primary_ctx::release(self.device);
-        }
-    }
-}
-
-/// The device's facts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DeviceFacts {
-    /// Its name.
-    pub name: String,
-    /// Compute capability.
-    pub compute_capability: (u32, u32),
-    /// Number of multiprocessors.
-    pub multiprocessors: u32,
-    /// Memory in all.
-    pub total_bytes: usize,
-    /// The driver's CUDA version, e.g. 13000.
-    pub driver_version: u32,
 }
 
 /// One device and one stream of work on it, or a dry run of that.
@@ -78,13 +36,6 @@ pub struct Stream {
     host: bool,
 }
 
-pub(crate) fn failed(call: &str) -> impl FnOnce(DriverError) -> CudaError + '_ {
-    move |error| CudaError::Driver {
-        call: call.to_owned(),
-        code: format!("{:?}", error.0),
-    }
-}
-
 impl Stream {
     /// Opens a device.
     ///
@@ -92,37 +43,10 @@ impl Stream {
     ///
     /// If the driver, NVRTC or cuBLASLt is not installed, there is no such device, or it is older than Ampere.
     pub fn open(options: &OpenOptions) -> Result<Self, CudaError> {
-        libraries::require_all()?;
-        driver::init().map_err(|_| CudaError::NoDevice)?;
-        let count = driver::device::get_count().map_err(|_| CudaError::NoDevice)? as usize;
-        if count == 0 {
-            return Err(CudaError::NoDevice);
-        }
-        if options.device >= count {
-            return Err(CudaError::NoSuchDevice {
-                index: options.device,
-                count,
-            });
-        }
-        let device = driver::device::get(options.device as i32).map_err(failed("cuDeviceGet"))?;
-        let name = driver::device::get_name(device).map_err(failed("cuDeviceGetName"))?;
-        // SAFETY: `device` comes from the driver.
-        let attribute = |which| unsafe { driver::device::get_attribute(device, which) };
-        use sys::CUdevice_attribute_enum as Attribute;
-        let number = |which| {
-            attribute(which)
-                .map(|value| value as u32)
-                .map_err(failed("cuDeviceGetAttribute"))
-        };
-        let major = number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        if major < 8 {
-            return Err(CudaError::TooOld { name, major, minor });
-        }
-        let multiprocessors = number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let (device, facts) = crate::device::find(options.device)?;
         // SAFETY: `device` comes from the driver; the context is made current before anything is done in it, and
         // `Context` releases both handles once.
-        let (context, total_bytes) = unsafe {
+        let context = unsafe {
             let handle =
                 driver::primary_ctx::retain(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
             driver::ctx::set_current(handle).map_err(failed("cuCtxSetCurrent"))?;
@@ -133,28 +57,14 @@ impl Stream {
                 handle,
                 stream,
             };
-            (
-                Rc::new(context),
-                driver::device::total_mem(device).map_err(failed("cuDeviceTotalMem"))?,
-            )
+            Rc::new(context)
         };
-        let mut driver_version = 0;
-        // SAFETY: the pointer is to a local number.
-        unsafe { sys::cuDriverGetVersion(&mut driver_version) }
-            .result()
-            .map_err(failed("cuDriverGetVersion"))?;
         let allocated = Rc::new(Cell::new(0));
         let products = Products::new(&context)?;
-        let kernels = Kernels::new((major, minor), options.kernel_cache.clone());
+        let kernels = Kernels::new(facts.compute_capability, options.kernel_cache.clone());
         Ok(Self {
             context: Some(context),
-            facts: DeviceFacts {
-                name,
-                compute_capability: (major, minor),
-                multiprocessors,
-                total_bytes,
-                driver_version: driver_version as u32,
-            },
+            facts,
             kernels,
             products,
             meter: RefCell::new(Meter::Off),
@@ -644,91 +554,6 @@ impl Stream {
                 .map_err(failed("cuCtxSetCurrent")),
         }
     }
-}
-
-/// Device memory of our own. Freed when dropped, after the stream's work is done.
-pub struct Buffer {
-    view: View,
-    asked: usize,
-    context: Option<Rc<Context>>,
-    allocated: Rc<Cell<usize>>,
-}
-
-impl Buffer {
-    /// All of it.
-    pub fn view(&self) -> View {
-        self.view
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.allocated.set(self.allocated.get() - self.asked);
-        if let Some(context) = &self.context {
-            // SAFETY: nothing on the stream uses the memory any more once it is synchronised; it is freed once.
-            unsafe {
-                let _ = driver::stream::synchronize(context.stream);
-                let _ = driver::free_sync(self.view.address());
-            }
-        }
-    }
-}
-
-/// A moment of the stream's work.
-pub struct Event {
-    handle: sys::CUevent,
-    context: Option<Rc<Context>>,
-}
-
-impl Event {
-    /// Waits for both and takes the difference. 0 in a dry run.
-    ///
-    /// # Errors
-    ///
-    /// If the work before this event failed.
-    pub fn milliseconds_since(&self, earlier: &Self) -> Result<f32, CudaError> {
-        if self.context.is_none() {
-            return Ok(0.0);
-        }
-        // SAFETY: both events were recorded on the one stream, and are alive.
-        unsafe {
-            driver::event::synchronize(self.handle).map_err(failed("cuEventSynchronize"))?;
-            driver::event::elapsed(earlier.handle, self.handle)
-                .map_err(failed("cuEventElapsedTime"))
-        }
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.context.is_some() {
-            // SAFETY: made by `Stream::event`, destroyed once.
-            let _ = unsafe { driver::event::destroy(self.handle) };
-        }
-    }
-}
-
-/// Recorded work. The memory that it touches must outlive it.
-pub struct Graph {
-    handle: sys::CUgraphExec,
-    context: Option<Rc<Context>>,
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        if let Some(context) = &self.context {
-            // SAFETY: made by `Stream::capture`, destroyed once, when it no longer runs.
-            unsafe {
-                let _ = driver::stream::synchronize(context.stream);
-                let _ = driver::graph::exec_destroy(self.handle);
-            }
-        }
-    }
-}
-
-/// A device pointer as C functions want it.
-pub(crate) fn pointer(view: View) -> *mut c_void {
-    view.address() as *mut c_void
 }
 
 #[cfg(test)]

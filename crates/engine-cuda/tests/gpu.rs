@@ -9,6 +9,8 @@
 
 #[path = "gpu/attention.rs"]
 mod attention;
+#[path = "gpu/cases.rs"]
+mod cases;
 #[path = "gpu/elementwise.rs"]
 mod elementwise;
 #[path = "gpu/fixtures.rs"]

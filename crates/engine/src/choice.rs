@@ -15,6 +15,8 @@ pub enum EngineName {
     Portable,
     /// `engine-cpu`.
     Cpu,
+    /// `engine-cuda`.
+    Cuda,
 }
 
 /// What a person asks for.
@@ -30,7 +32,7 @@ pub enum EngineChoice {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
     /// The name is none that we know.
-    #[error("engine `{name}` is not known: expected `auto`, `portable` or `cpu`")]
+    #[error("engine `{name}` is not known: expected `auto`, `portable`, `cpu` or `cuda`")]
     Unknown {
         /// What was asked for.
         name: String,
@@ -45,6 +47,36 @@ pub enum EngineError {
         /// What is wanted.
         found: String,
     },
+    /// There is no card for the engine, or not all that it needs beside one.
+    #[error(
+        "the engine `cuda` needs an NVIDIA card (Ampere or newer), its driver, NVRTC and cuBLASLt: {missing}"
+    )]
+    NoCard {
+        /// What is missing.
+        missing: String,
+    },
+}
+
+impl EngineError {
+    /// What to do about it; `section` is the recipe's part that has the precision.
+    pub fn help(&self, section: &str) -> String {
+        match self {
+            Self::NoCard { .. } => {
+                "leave --engine out, and the portable engine does it, slowly; libraries are looked \
+                                    for where the system looks and in CUDA_HOME"
+                    .to_owned()
+            }
+            Self::Unsupported {
+                engine: EngineName::Cuda,
+                ..
+            } => format!(
+                "leave --engine out, or set {section}.precision to \"bf16\" and leave --device out"
+            ),
+            Self::Unknown { .. } | Self::Unsupported { .. } => {
+                format!("leave --engine out, or set {section}.precision to \"f32\"")
+            }
+        }
+    }
 }
 
 impl fmt::Display for EngineName {
@@ -52,6 +84,7 @@ impl fmt::Display for EngineName {
         f.write_str(match self {
             Self::Portable => "portable",
             Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
         })
     }
 }
@@ -64,6 +97,7 @@ impl FromStr for EngineChoice {
             "auto" => Ok(Self::Auto),
             "portable" => Ok(Self::Named(EngineName::Portable)),
             "cpu" => Ok(Self::Named(EngineName::Cpu)),
+            "cuda" => Ok(Self::Named(EngineName::Cuda)),
             _ => Err(EngineError::Unknown {
                 name: name.to_owned(),
             }),
@@ -71,22 +105,78 @@ impl FromStr for EngineChoice {
     }
 }
 
+/// The number of the card that a `--device` allows: none with `cpu`.
+pub fn card_of(device_option: &str) -> Option<usize> {
+    match device_option.strip_prefix("cuda:") {
+        Some(index) => index.parse().ok(),
+        None => (device_option != "cpu").then_some(0),
+    }
+}
+
 impl EngineChoice {
     /// The engine for a device and a precision.
     ///
+    /// `device` is where Burn computes. The engine `cuda` calls the driver by itself, so it needs no build with Burn's
+    /// CUDA backend, and only what a person said with `--device` keeps it from a card.
+    ///
     /// # Errors
     ///
-    /// If one was named that does not compute there, or not in that.
-    pub fn resolve(self, device: &Device, precision: Precision) -> Result<EngineName, EngineError> {
-        let fits = *device == cpu() && precision == Precision::F32;
+    /// If one was named that does not compute there, or not in that, or whose card is not there.
+    pub fn resolve(
+        self,
+        device_option: &str,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<EngineName, EngineError> {
+        self.resolve_with(device_option, device, precision, |index| {
+            engine_cuda::device::probe(index)
+                .map(drop)
+                .map_err(|error| error.to_string())
+        })
+    }
+
+    /// As [`EngineChoice::resolve`], with the words on what a card lacks from elsewhere.
+    fn resolve_with(
+        self,
+        device_option: &str,
+        device: &Device,
+        precision: Precision,
+        probe: impl FnOnce(usize) -> Result<(), String>,
+    ) -> Result<EngineName, EngineError> {
+        let fits_cpu = *device == cpu() && precision == Precision::F32;
+        let is_half = precision != Precision::F32;
+        let card = card_of(device_option);
+        let unsupported = |engine, expected, found| EngineError::Unsupported {
+            engine,
+            expected,
+            found,
+        };
         match self {
-            Self::Auto if fits => Ok(EngineName::Cpu),
-            Self::Auto => Ok(EngineName::Portable),
-            Self::Named(EngineName::Cpu) if !fits => Err(EngineError::Unsupported {
-                engine: EngineName::Cpu,
-                expected: "on the CPU in f32",
-                found: format!("{precision:?} on {device:?}"),
+            Self::Auto if fits_cpu => Ok(EngineName::Cpu),
+            Self::Auto => Ok(match card {
+                Some(index) if is_half && probe(index).is_ok() => EngineName::Cuda,
+                _ => EngineName::Portable,
             }),
+            Self::Named(EngineName::Cpu) if !fits_cpu => Err(unsupported(
+                EngineName::Cpu,
+                "on the CPU in f32",
+                format!("{precision:?} on {device:?}"),
+            )),
+            Self::Named(EngineName::Cuda) if !is_half => Err(unsupported(
+                EngineName::Cuda,
+                "in bf16 and fp16",
+                format!("{precision:?}"),
+            )),
+            Self::Named(EngineName::Cuda) => match card {
+                None => Err(unsupported(
+                    EngineName::Cuda,
+                    "on NVIDIA cards",
+                    format!("the device `{device_option}`"),
+                )),
+                Some(index) => probe(index)
+                    .map(|()| EngineName::Cuda)
+                    .map_err(|missing| EngineError::NoCard { missing }),
+            },
             Self::Named(name) => Ok(name),
         }
     }
@@ -96,20 +186,55 @@ impl EngineChoice {
 mod tests {
     use super::*;
 
+    fn resolve(
+        choice: &str,
+        option: &str,
+        precision: Precision,
+        card: bool,
+    ) -> Result<EngineName, EngineError> {
+        let choice: EngineChoice = choice.parse().expect("it is known");
+        choice.resolve_with(option, &cpu(), precision, |_| {
+            if card {
+                Ok(())
+            } else {
+                Err("no libcuda".to_owned())
+            }
+        })
+    }
+
     #[test]
-    fn the_cpu_engine_is_taken_where_it_fits_and_never_where_it_does_not() {
-        let auto = EngineChoice::Auto;
-        assert_eq!(auto.resolve(&cpu(), Precision::F32), Ok(EngineName::Cpu));
-        assert_eq!(
-            auto.resolve(&cpu(), Precision::Bf16),
-            Ok(EngineName::Portable)
-        );
-        let named: EngineChoice = "cpu".parse().expect("it is known");
-        let error = named
-            .resolve(&cpu(), Precision::Bf16)
-            .expect_err("another precision")
-            .to_string();
-        assert!(error.contains("f32") && error.contains("Bf16"), "{error}");
+    fn auto_takes_what_fits() {
+        for (option, precision, card, expected) in [
+            ("auto", Precision::F32, false, EngineName::Cpu),
+            ("auto", Precision::F32, true, EngineName::Cpu),
+            ("auto", Precision::Bf16, false, EngineName::Portable),
+            ("auto", Precision::Bf16, true, EngineName::Cuda),
+            ("cuda:1", Precision::F16, true, EngineName::Cuda),
+            ("cpu", Precision::Bf16, true, EngineName::Portable),
+        ] {
+            assert_eq!(resolve("auto", option, precision, card), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn a_named_engine_that_does_not_fit_says_why() {
+        for (choice, option, precision, words) in [
+            ("cpu", "auto", Precision::Bf16, ["f32", "Bf16"]),
+            ("cuda", "auto", Precision::F32, ["bf16 and fp16", "F32"]),
+            ("cuda", "cpu", Precision::Bf16, ["NVIDIA", "`cpu`"]),
+            ("cuda", "auto", Precision::Bf16, ["NVRTC", "no libcuda"]),
+        ] {
+            let error = resolve(choice, option, precision, false)
+                .expect_err("it does not fit")
+                .to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
         assert!("gpu".parse::<EngineChoice>().is_err());
+    }
+
+    #[test]
+    fn a_device_names_its_card() {
+        let cards = ["auto", "cuda", "cuda:2", "cpu"].map(card_of);
+        assert_eq!(cards, [Some(0), Some(0), Some(2), None]);
     }
 }

@@ -91,7 +91,8 @@ impl LossScaler {
         }
     }
 
-    fn update(&mut self, finite: bool) {
+    /// Learns whether a step's gradients were finite.
+    pub(crate) fn update(&mut self, finite: bool) {
         let Some(interval) = self.growth_interval else {
             return;
         };
@@ -126,6 +127,8 @@ pub struct StepOutcome {
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraOptimizer {
     optimizer: Optimizer,
+    kind: OptimizerKind,
+    config: AdamWConfig,
     scaler: LossScaler,
     max_grad_norm: f32,
 }
@@ -141,6 +144,8 @@ impl LoraOptimizer {
     ) -> Self {
         Self {
             optimizer: Optimizer::new(kind, config, &lora.parameters()),
+            kind,
+            config,
             scaler,
             max_grad_norm,
         }
@@ -212,6 +217,21 @@ impl LoraOptimizer {
             loss_scale,
         };
         (outcome, gradients)
+    }
+
+    /// How its moments are kept.
+    pub fn kind(&self) -> OptimizerKind {
+        self.kind
+    }
+
+    /// Its numbers.
+    pub fn config(&self) -> AdamWConfig {
+        self.config
+    }
+
+    /// The largest global norm of gradients that it does not make smaller.
+    pub fn max_grad_norm(&self) -> f32 {
+        self.max_grad_norm
     }
 
     /// Its loss scaler.

@@ -153,6 +153,68 @@ fn engines_agree_on_the_velocity_under_a_lora() {
     assert!(difference(&found, &expected) < 1e-5);
 }
 
+/// The engine `cuda` on a stream without a card: nothing is computed, all sizes and names are the real ones.
+fn on_no_card(accumulation: usize) -> cuda::CudaTraining {
+    use engine_cuda::model::{Engine, EngineOptions, NormalWeights, WeightForm};
+    let config = MmditConfig::tiny();
+    let (lora, shape) = (lora(), batch(1).shape);
+    let optimizer = optimizer(&lora);
+    let request = TrainingRequest {
+        config: &config,
+        precision: Precision::Bf16,
+        base: BaseWeights::Plain,
+        lora: &lora,
+        optimizer: &optimizer,
+        workload: Workload {
+            micro_batch: shape[0],
+            accumulation,
+            text_tokens: 3,
+            latent_cells: [shape[2], shape[3]],
+        },
+    };
+    let plan = request.choose(1 << 30).expect("it is tiny");
+    assert_eq!((plan.fused, plan.recomputed_blocks), (accumulation, 0));
+    let options = EngineOptions {
+        t: engine_cuda::Half::Bf16,
+        form: WeightForm::Half,
+    };
+    let weights = NormalWeights { std: 0.02 };
+    let engine = Engine::load(engine_cuda::Stream::dry(), &config, &weights, options);
+    let engine = engine.expect("a dry run has memory enough");
+    cuda::CudaTraining::new(engine, &lora, optimizer, plan).expect("attention is trained")
+}
+
+#[test]
+fn cuda_takes_as_much_memory_as_its_plan_says() {
+    let mut engine = on_no_card(2);
+    engine.step(&[batch(1), batch(2)], 1.0, 1e-3);
+    let notes = engine.notes().join("\n");
+    assert!(notes.contains("2 micro-batch(es) at once"), "{notes}");
+    assert!(notes.contains("0.0 %)"), "{notes}");
+}
+
+#[test]
+fn cudas_state_is_named_and_sized_as_the_host_optimisers() {
+    let mut engine = on_no_card(1);
+    let mut state = engine.export();
+    let expected = HostEngine::new(Box::new(by_hand()), lora(), optimizer(&lora())).export();
+    let names = |state: &TrainingState| -> Vec<String> {
+        let parts = state.optimizer.iter();
+        parts.map(|part| part.name.clone()).collect()
+    };
+    assert_eq!(names(&state), names(&expected));
+    assert_eq!(
+        state.lora.iter().map(Vec::len).collect::<Vec<_>>(),
+        expected.lora.iter().map(Vec::len).collect::<Vec<_>>()
+    );
+    state.num_steps = 7;
+    engine.import(state.clone()).expect("its own state");
+    assert_eq!(engine.num_steps(), 7);
+    state.optimizer.pop();
+    assert!(engine.import(state).is_err());
+    assert_eq!(engine.num_steps(), 7);
+}
+
 #[test]
 fn a_state_that_goes_out_and_in_again_continues_to_the_same_bits() {
     for gradients in both() {

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
-use engine::EngineError;
+use engine::{EngineError, OpenError};
 use lora::LoraError;
-use mmdit::{ConfigError, MmditError};
+use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
 use pixel_art::{DecodeError, SourceError};
 use tensor::DeviceError;
@@ -105,7 +105,7 @@ pub enum EvaluateError {
     TransformerConfig(#[from] ConfigError),
     /// The transformer cannot be used.
     #[error(transparent)]
-    Transformer(#[from] MmditError),
+    Transformer(#[from] OpenError),
     /// The VAE's configuration cannot be used.
     #[error(transparent)]
     Vae(#[from] AutoencoderError),
@@ -121,6 +121,7 @@ impl StageError for EvaluateError {
             | Self::File(ArtifactError::Io {
                 action: "write", ..
             }) => FailureKind::Failed,
+            Self::Transformer(error) => error.kind(),
             _ => FailureKind::BadInput,
         }
     }
@@ -137,6 +138,8 @@ impl StageError for EvaluateError {
             Self::Fetch { .. } | Self::Changed { .. } => {
                 "run `cargo xtask evaluate` again: it reads the held-out pictures anew".to_owned()
             }
+            Self::Engine(error) => error.help("train"),
+            Self::Transformer(error) => return error.help(),
             _ => return None,
         })
     }

@@ -196,10 +196,11 @@ fn held_out_loss(
         PrecisionChoice::Fp16 => Precision::F16,
     };
     let choice: EngineChoice = context.options.engine.parse()?;
-    let name = choice.resolve(&device, precision)?;
+    let name = choice.resolve(&context.options.device, &device, precision)?;
     let opening = Opening {
         dir: &context.weights_dir(WeightPart::Transformer),
         device,
+        card: engine::choice::card_of(&context.options.device).unwrap_or(0),
         precision,
         base: match train.base_format {
             BaseFormat::Plain => BaseWeights::Plain,

@@ -16,7 +16,7 @@ use crate::task::{DataSet, Task};
 pub struct RunOptions {
     /// `auto`, `cpu`, `cuda` or `cuda:<index>`; parsed by the `tensor` crate.
     pub device: String,
-    /// `auto`, `portable` or `cpu`: what executes the transformer; parsed by the `engine` crate. (A checkpoint names its
+    /// `auto`, `portable`, `cpu` or `cuda`: what executes the transformer; parsed by the `engine` crate. (A checkpoint names its
     /// engine, and another one does not continue it.)
     pub engine: String,
     /// Worker threads; `None` for all cores.

@@ -5,7 +5,7 @@
 //!
 //! Source: `FluxPipeline.__call__`, diffusers 0.42.
 
-use engine::{Engine, Input};
+use engine::{Engine, Input, Trajectory};
 use flow_matching::{InferenceSchedule, euler_step, model_time};
 use mmdit::{image_ids, text_ids};
 use tensor::{DType, Tensor, from_f32, to_f32};
@@ -60,6 +60,43 @@ pub fn denoise(
     let mut latents = denoising.latents.clone().cast(DType::F32);
     let [b, n, _] = latents.dims();
     let device = latents.device();
+    let mut positions = text_ids(conditioning.prompt_embeds.dims()[1]);
+    positions.extend(image_ids(latent_cells[0], latent_cells[1]));
+    let [text, pooled] = [
+        to_f32(&conditioning.prompt_embeds),
+        to_f32(&conditioning.pooled_prompt_embeds),
+    ];
+    let negative = true_cfg.map(|TrueCfg { negative, scale }| {
+        let [text, pooled] = [
+            to_f32(&negative.prompt_embeds),
+            to_f32(&negative.pooled_prompt_embeds),
+        ];
+        (text, pooled, scale as f32)
+    });
+    let times: Vec<f32> = schedule
+        .timesteps
+        .iter()
+        .map(|&time| model_time(time))
+        .collect();
+    let trajectory = Trajectory {
+        hidden_states: &to_f32(&latents),
+        encoder_hidden_states: &text,
+        pooled_projections: &pooled,
+        negative: negative
+            .as_ref()
+            .map(|(text, pooled, scale)| (text.as_slice(), pooled.as_slice(), *scale)),
+        guidance: *guidance,
+        sigmas: &schedule.sigmas,
+        times: &times,
+        positions: &positions,
+    };
+    let dims = latents.dims();
+    let as_tensor = |tokens: &[f32]| from_f32(tokens.to_vec(), dims, &device);
+    if let Some(tokens) = engine.draw(&trajectory, &mut |step, tokens| {
+        on_step(step, &as_tensor(tokens));
+    }) {
+        return as_tensor(&tokens);
+    }
     let both;
     let conditioning = match true_cfg {
         Some(cfg) => {
@@ -69,9 +106,6 @@ pub fn denoise(
         None => *conditioning,
     };
     let num_rows = if true_cfg.is_some() { 2 * b } else { b };
-    let [_, num_text_tokens, _] = conditioning.prompt_embeds.dims();
-    let mut positions = text_ids(num_text_tokens);
-    positions.extend(image_ids(latent_cells[0], latent_cells[1]));
     let prompt_embeds = to_f32(&conditioning.prompt_embeds);
     let pooled = to_f32(&conditioning.pooled_prompt_embeds);
     let velocity_channels = engine.config().velocity_channels();

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
-use engine::EngineError;
+use engine::{EngineError, OpenError};
 use lora::LoraError;
-use mmdit::{ConfigError, MmditError};
+use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
 use pixel_art::PngTextError;
 use tensor::DeviceError;
@@ -99,7 +99,7 @@ pub enum SampleError {
     TransformerConfig(#[from] ConfigError),
     /// The transformer cannot be used.
     #[error(transparent)]
-    Transformer(#[from] MmditError),
+    Transformer(#[from] OpenError),
     /// The VAE cannot be used.
     #[error(transparent)]
     Vae(#[from] AutoencoderError),
@@ -123,6 +123,7 @@ impl StageError for SampleError {
             | Self::File(ArtifactError::Io {
                 action: "write", ..
             }) => FailureKind::Failed,
+            Self::Transformer(error) => error.kind(),
             _ => FailureKind::BadInput,
         }
     }
@@ -140,7 +141,8 @@ impl StageError for SampleError {
                 "shorten it, raise sample.t5_tokens to at least {num_tokens}, or cut long prompts with \
                  sample.long_prompts = \"truncate\""
             ),
-            Self::Engine(_) => "leave --engine out, or set sample.precision to \"f32\"".to_owned(),
+            Self::Engine(error) => error.help("sample"),
+            Self::Transformer(error) => return error.help(),
             Self::PartsDiffer { .. } => {
                 "use a base whose folders all come from one model".to_owned()
             }

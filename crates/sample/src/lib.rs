@@ -69,7 +69,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
     let device = tensor::device::select(&context.options.device)?;
     let precision = precision_of(recipe.precision);
     let choice: EngineChoice = context.options.engine.parse()?;
-    let engine_name = choice.resolve(&device, precision)?;
+    let engine_name = choice.resolve(&context.options.device, &device, precision)?;
     let batch = context.options.batch.unwrap_or(USUAL_BATCH).max(1);
     let stack = LoraStack::read(&lora_choices(context), &base.transformer)?;
     let schedule = base.schedule(context, latent_cells)?;
@@ -90,6 +90,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
     let opening = Opening {
         dir: &context.weights_dir(WeightPart::Transformer),
         device: device.clone(),
+        card: engine::choice::card_of(&context.options.device).unwrap_or(0),
         precision,
         base: base_weights_of(recipe.base_format),
     };

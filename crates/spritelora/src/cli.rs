@@ -3,11 +3,13 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use bench::CpuBench;
+use bench::{CpuBench, FluxBench};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::EngineName;
 use pipeline::Override;
 use random_base::Preset;
+
+use crate::planning::Bytes;
 
 /// Does the work of one stage of Spritelora; `cargo xtask` starts it.
 #[derive(Debug, Parser)]
@@ -33,6 +35,8 @@ pub enum Command {
     Sample(StageOptions),
     /// Measure the LoRA on pictures held out, and what the drawn pictures show
     Evaluate(StageOptions),
+    /// Say what training takes on an NVIDIA card, before anything is loaded
+    Plan(PlanOptions),
     /// Write a small untrained base, to try the pipeline on
     RandomBase(RandomBaseOptions),
     /// Train a small base from scratch
@@ -42,6 +46,26 @@ pub enum Command {
     /// Measure how fast the transformer is
     #[command(subcommand)]
     Bench(Bench),
+}
+
+/// Options of `plan`.
+#[derive(Clone, Debug, Args)]
+pub struct PlanOptions {
+    /// The recipe
+    #[arg(long, value_name = "FILE")]
+    pub recipe: PathBuf,
+    /// Replace one value of the recipe, e.g. train.micro_batch=2 (may be repeated)
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<Override>,
+    /// Memory of the card, e.g. 24GiB [default: the first card's; without one an H100's]
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<Bytes>,
+    /// Plan for the sizes of FLUX.1-dev instead of those of the recipe's base, which need not be there
+    #[arg(long)]
+    pub flux_dev: bool,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `pretrain`.
@@ -92,6 +116,8 @@ pub struct ParityOptions {
 pub enum Bench {
     /// A training step and a sampling step of the base `small` on the CPU
     Cpu(CpuBenchOptions),
+    /// Training and sampling steps at the shapes of FLUX.1-dev on an NVIDIA card
+    Flux(FluxBenchOptions),
 }
 
 /// Options of `bench cpu`.
@@ -126,6 +152,34 @@ impl CpuBenchOptions {
             script: self.script,
             repeats: self.repeats,
             portable: self.portable,
+            json: self.json,
+        }
+    }
+}
+
+/// Options of `bench flux`.
+#[derive(Clone, Debug, Args)]
+pub struct FluxBenchOptions {
+    /// Measure on the card; without it only what is predicted is said
+    #[arg(long)]
+    pub gpu: bool,
+    /// Measure PyTorch too, with this interpreter (it needs torch, diffusers, peft and bitsandbytes)
+    #[arg(long, value_name = "FILE", requires_all = ["peer", "gpu"])]
+    pub python: Option<PathBuf>,
+    /// PyTorch's side of it
+    #[arg(long, value_name = "FILE", requires = "python")]
+    pub peer: Option<PathBuf>,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl FluxBenchOptions {
+    /// What to measure.
+    pub fn measurement(self) -> FluxBench {
+        FluxBench {
+            gpu: self.gpu,
+            peer: self.python.zip(self.peer),
             json: self.json,
         }
     }
@@ -199,7 +253,7 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// What executes the transformer in train and sample: auto, portable or cpu
+    /// What executes the transformer in train and sample: auto, portable, cpu or cuda
     #[arg(long, default_value = "auto")]
     pub engine: String,
     /// Worker threads [default: one per core]
@@ -219,5 +273,24 @@ mod tests {
     #[test]
     fn the_command_line_contradicts_itself_nowhere() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_peer_is_a_script_with_an_interpreter_on_the_same_card() {
+        let parsed = |more: &[&str]| {
+            let words = ["spritelora", "bench", "flux"].iter().chain(more);
+            Cli::try_parse_from(words).is_ok()
+        };
+        assert!(parsed(&[]) && parsed(&["--gpu", "--json"]));
+        assert!(parsed(&[
+            "--gpu",
+            "--python",
+            "python3",
+            "--peer",
+            "flux_torch.py"
+        ]));
+        assert!(!parsed(&["--gpu", "--python", "python3"]));
+        assert!(!parsed(&["--gpu", "--peer", "flux_torch.py"]));
+        assert!(!parsed(&["--python", "python3", "--peer", "flux_torch.py"]));
     }
 }

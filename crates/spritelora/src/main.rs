@@ -8,6 +8,7 @@
 
 mod cli;
 
+mod planning;
 mod pretraining;
 mod stage;
 mod untrained;
@@ -38,8 +39,10 @@ fn run(command: Command) -> u8 {
         Command::Sample(options) => stage::run(Stage::Sample.into(), &options),
         Command::Evaluate(options) => stage::run(Stage::Evaluate.into(), &options),
         Command::RandomBase(options) => untrained::run(&options),
+        Command::Plan(options) => planning::run(&options),
         Command::Pretrain(options) => pretraining::run(&options),
         Command::Bench(Bench::Cpu(options)) => bench::run(&options.measurement()),
+        Command::Bench(Bench::Flux(options)) => bench::flux::run(&options.measurement()),
         Command::Parity(options) => {
             parity::run(&options.fixtures, options.engine.name(), options.json).exit_code()
         }

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
-use engine::{EngineError, EngineName};
+use engine::{EngineError, EngineName, OpenError};
 use flow_matching::SchedulerError;
 use lora::LoraError;
-use mmdit::{ConfigError, MmditError};
+use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
 use tensor::DeviceError;
 
@@ -139,9 +139,9 @@ pub enum TrainError {
     /// The transformer's configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The transformer cannot be used.
+    /// The transformer cannot be used, or not be trained on this card.
     #[error(transparent)]
-    Transformer(#[from] MmditError),
+    Transformer(#[from] OpenError),
     /// The VAE's configuration cannot be used.
     #[error(transparent)]
     Vae(#[from] AutoencoderError),
@@ -163,6 +163,7 @@ impl StageError for TrainError {
             | Self::Checkpoints(_)
             | Self::File(ArtifactError::Io { .. })
             | Self::Lora(LoraError::File(ArtifactError::Io { .. })) => FailureKind::Failed,
+            Self::Transformer(error) => error.kind(),
             _ => FailureKind::BadInput,
         }
     }
@@ -185,7 +186,8 @@ impl StageError for TrainError {
                 "go on with --engine {began}, or begin again with --force: engines agree within rounding, and a run \
                  that changed over would end with other bytes than one that did not"
             ),
-            Self::Engine(_) => "leave --engine out, or set train.precision to \"f32\"".to_owned(),
+            Self::Engine(error) => error.help("train"),
+            Self::Transformer(error) => return error.help(),
             Self::Diverged { .. } => {
                 "lower train.learning_rate, or set train.precision to \"bf16\" or \"f32\""
                     .to_owned()

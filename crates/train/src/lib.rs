@@ -15,6 +15,7 @@
 //! * [`batch`]: latents as the transformer sees them.
 //! * [`untrained`]: the LoRA that a run begins with.
 //! * [`checkpoint`]: everything that a run continues from, in one file.
+//! * [`planning`]: what a run takes on a card, from configurations alone.
 //! * [`trainer`]: a run, step by step. One step is an `engine`'s.
 #![forbid(unsafe_code)]
 
@@ -22,6 +23,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod data;
 mod error;
+pub mod planning;
 mod stage;
 pub mod trainer;
 pub mod untrained;

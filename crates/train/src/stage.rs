@@ -17,6 +17,7 @@ use crate::batch::LatentScaling;
 use crate::checkpoint::{self, Checkpoint};
 use crate::data::{DataFiles, Sampling, TrainingData};
 use crate::error::TrainError;
+use crate::planning::workload;
 use crate::trainer::Trainer;
 use crate::untrained::untrained_lora;
 
@@ -35,16 +36,23 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     let device = device::select(&context.options.device)?;
     let precision = precision(recipe.precision);
     let choice: EngineChoice = context.options.engine.parse()?;
-    let name = choice.resolve(&device, precision)?;
+    let name = choice.resolve(&context.options.device, &device, precision)?;
     let opening = Opening {
         dir: &transformer_dir,
         device,
+        card: engine::choice::card_of(&context.options.device).unwrap_or(0),
         precision,
         base: base_weights(recipe.base_format),
     };
     let optimizer = LoraOptimizer::of(recipe, &lora);
-    let engine = engine::open_training(name, &opening, lora.clone(), optimizer)?;
+    let engine = engine::open_training(name, &opening, lora.clone(), optimizer, {
+        let [_, rows, columns] = data.latent_shape();
+        workload(recipe, data.text_shape()[0], [rows, columns])
+    })?;
     tracing::info!(engine = %name, "training");
+    for note in engine.notes() {
+        tracing::info!("{note}");
+    }
 
     let fingerprint = Fingerprint::of(&context.components).to_string();
     let mut trainer = Trainer::new(engine, &data, recipe, lora, fingerprint.clone());
@@ -239,6 +247,9 @@ fn report(
             mean(&metrics[metrics.len() - tenth..])
         ));
     }
+    for note in trainer.notes() {
+        report = report.note(note);
+    }
     if num_resumed > 0 {
         report = report.note(format!(
             "continued from the checkpoint of step {num_resumed}"
@@ -270,7 +281,7 @@ fn weighting(recipe: &TrainRecipe) -> Weighting {
     }
 }
 
-fn precision(choice: PrecisionChoice) -> Precision {
+pub(crate) fn precision(choice: PrecisionChoice) -> Precision {
     match choice {
         PrecisionChoice::F32 => Precision::F32,
         PrecisionChoice::Bf16 => Precision::Bf16,
@@ -278,7 +289,7 @@ fn precision(choice: PrecisionChoice) -> Precision {
     }
 }
 
-fn base_weights(format: BaseFormat) -> BaseWeights {
+pub(crate) fn base_weights(format: BaseFormat) -> BaseWeights {
     match format {
         BaseFormat::Plain => BaseWeights::Plain,
         BaseFormat::Nf4 => BaseWeights::Nf4 {

@@ -114,6 +114,11 @@ impl<'a> Trainer<'a> {
         self.engine.name()
     }
 
+    /// What the engine has to say of the run.
+    pub fn notes(&self) -> Vec<String> {
+        self.engine.notes()
+    }
+
     /// What every step did, skipped ones included.
     pub fn metrics(&self) -> &[MetricRow] {
         &self.metrics

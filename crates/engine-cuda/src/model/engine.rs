@@ -183,6 +183,21 @@ impl Engine {
         }
     }
 
+    /// Replaces the values of the LoRA's factors, whose layers and ranks stay: all tensors one behind the other, A and
+    /// B of each layer, layers by path, as [`Engine::lora`] has them. Training goes on.
+    ///
+    /// # Errors
+    ///
+    /// If a copy or a launch fails.
+    ///
+    /// # Panics
+    ///
+    /// If there is no LoRA, or it has another number of values.
+    pub fn set_lora_values(&mut self, values: &[f32]) -> Result<(), CudaError> {
+        let factors = self.factors.as_ref().expect("a LoRA was attached");
+        factors.upload(&self.stream, self.options.t, values)
+    }
+
     /// Velocity of every image token: `(b, image, velocity channels)`.
     ///
     /// # Errors

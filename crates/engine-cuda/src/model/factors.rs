@@ -273,6 +273,21 @@ impl DeviceFactors {
         lora::pack(stream, t, self.packed, self.masters, &self.pack)
     }
 
+    /// Replaces the masters' values: all tensors one behind the other, as [`DeviceFactors::tensors`] lists them.
+    ///
+    /// # Errors
+    ///
+    /// If a copy or the launch fails.
+    ///
+    /// # Panics
+    ///
+    /// If the number of values is another.
+    pub fn upload(&self, stream: &Stream, t: Half, values: &[f32]) -> Result<(), CudaError> {
+        assert_eq!(values.len(), self.total, "values of all factors");
+        stream.upload(self.masters(), values)?;
+        self.pack(stream, t)
+    }
+
     /// The masters on the host.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use lora::{LoraFile, Target};
 use mmdit::MmditConfig;
 use quant::{AdamWConfig, OptimizerKind};
 
-use crate::network::distance;
+use crate::cases::distance;
 use crate::report::Report;
 use crate::support::name;
 

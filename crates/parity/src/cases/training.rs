@@ -95,6 +95,7 @@ fn opening(dir: &Path, base: BaseWeights) -> Opening<'_> {
     Opening {
         dir,
         device: cpu(),
+        card: 0,
         precision: Precision::F32,
         base,
     }

@@ -38,6 +38,7 @@ pub(super) fn open_engine(run: &CaseRun) -> Result<Box<dyn Engine>, CaseError> {
     let opening = Opening {
         dir: &run.set.model().join("transformer"),
         device: cpu(),
+        card: 0,
         precision: Precision::F32,
         base: BaseWeights::Plain,
     };

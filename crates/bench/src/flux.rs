@@ -1,0 +1,367 @@
+//! FLUX.1-dev's shapes on an NVIDIA card: the engine `cuda` beside PyTorch on the same card, line by line.
+//!
+//! The figures are those of `engine_cuda::measure`; here they are put beside what was aimed at and beside the peer's.
+//! Without `gpu` only what is predicted is said, which needs no card.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use console::{print_document, print_line};
+use engine_cuda::CudaError;
+use engine_cuda::measure::{MEASURED, PREDICTED, measure};
+use pipeline::{Failure, FailureKind, StageError};
+use serde_json::{Map, Value, json};
+
+use crate::peer::PeerError;
+
+/// What the peer is asked for.
+const PEER_SECTIONS: [&str; 5] = [
+    "mm",
+    "sample",
+    "train_nf4",
+    "train_bf16",
+    "train_bf16_compiled",
+];
+
+/// The public recipe: four of these are an optimiser step.
+const PEER_RECIPE: &str = "train_nf4_fp16_adamw8bit_ckpt1_txt512_b1_s_per_step";
+
+/// The strongest setting found in PyTorch: an optimiser step of four images.
+const PEER_STRONGEST: &str = "train_bf16_compiled_adamw8bit_ckpt1_txt512_b4_s_per_step";
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct FluxBench {
+    /// Measure on the card; without it only predictions are said.
+    pub gpu: bool,
+    /// An interpreter with torch, diffusers, peft and bitsandbytes, and the script, if PyTorch is to be measured.
+    pub peer: Option<(PathBuf, PathBuf)>,
+    /// Print one JSON document on stdout, and nothing else there.
+    pub json: bool,
+}
+
+/// Why there are no figures.
+#[derive(Debug, thiserror::Error)]
+enum FluxBenchError {
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    #[error("the bench needs an NVIDIA card")]
+    Card(#[from] CudaError),
+}
+
+impl StageError for FluxBenchError {
+    fn kind(&self) -> FailureKind {
+        match self {
+            Self::Peer(error) => error.kind(),
+            Self::Card(_) => FailureKind::Failed,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::Peer(_) => {
+                "--python wants an interpreter with torch, diffusers, peft and bitsandbytes"
+                    .to_owned()
+            }
+            Self::Card(_) => {
+                "without --gpu the predictions are said, which need no card".to_owned()
+            }
+        })
+    }
+}
+
+/// A line of the table.
+struct Line {
+    name: &'static str,
+    /// The row and the field that it is.
+    figure: (&'static str, &'static str),
+    unit: &'static str,
+    target: f64,
+    stretch: Option<f64>,
+}
+
+const fn line(
+    name: &'static str,
+    figure: (&'static str, &'static str),
+    unit: &'static str,
+    target: f64,
+    stretch: Option<f64>,
+) -> Line {
+    Line {
+        name,
+        figure,
+        unit,
+        target,
+        stretch,
+    }
+}
+
+const LINES: [Line; 11] = [
+    line(
+        "training micro-step, NF4, recompute everywhere",
+        ("nf4_train_recompute_b1", "micro_step_s"),
+        "s",
+        0.20,
+        Some(0.12),
+    ),
+    line(
+        "its memory",
+        ("nf4_train_recompute_b1", "device_bytes"),
+        "bytes",
+        7.5e9,
+        None,
+    ),
+    line(
+        "training micro-step, NF4, no recompute",
+        ("nf4_train_keep_b1", "micro_step_s"),
+        "s",
+        0.14,
+        Some(0.09),
+    ),
+    line(
+        "optimiser step of 4 images within 24 GB, NF4",
+        ("nf4_train_within_24GB_b4", "step_s"),
+        "s",
+        0.50,
+        Some(0.42),
+    ),
+    line(
+        "sampling step bf16, 512 px",
+        ("bf16_sample_512", "step_s"),
+        "s",
+        0.044,
+        Some(0.036),
+    ),
+    line(
+        "sampling step bf16, 1024 px",
+        ("bf16_sample_1024", "step_s"),
+        "s",
+        0.130,
+        Some(0.105),
+    ),
+    line(
+        "sampling step NF4, 512 px",
+        ("nf4_sample_512", "step_s"),
+        "s",
+        0.060,
+        Some(0.045),
+    ),
+    line(
+        "true guidance, times a step without",
+        ("bf16_sample_512", "true_guidance_ratio"),
+        "",
+        1.8,
+        None,
+    ),
+    line(
+        "attention 24x1536x128 forward",
+        ("attention_24x1536x128_Bf16", "forward_ms"),
+        "ms",
+        0.10,
+        Some(0.065),
+    ),
+    line(
+        "attention 24x1536x128 backward",
+        ("attention_24x1536x128_Bf16", "backward_ms"),
+        "ms",
+        0.35,
+        Some(0.20),
+    ),
+    line("load NF4", ("nf4_load", "s"), "s", 15.0, None),
+];
+
+/// Measures and prints; gives the exit code.
+pub fn run(bench: &FluxBench) -> u8 {
+    match take(bench) {
+        Ok(document) => {
+            if bench.json {
+                print_document(&document);
+            }
+            0
+        }
+        Err(error) => {
+            let failure = Failure::from(error);
+            if bench.json {
+                print_document(&json!({ "error": failure.to_json() }));
+            }
+            console::tell(&failure);
+            failure.kind().exit_code()
+        }
+    }
+}
+
+fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {
+    let sections: Vec<&str> = match bench.gpu {
+        true => PREDICTED.iter().chain(&MEASURED).copied().collect(),
+        false => PREDICTED.to_vec(),
+    };
+    let mut tell = |name: &str, value: &Value| {
+        if !bench.json {
+            print_line(&format!("{name} {value}"));
+        }
+    };
+    let rows = measure(&sections, &mut tell)?;
+    let peer = match &bench.peer {
+        Some((python, script)) => Some(peer_rows(python, script)?),
+        None => None,
+    };
+    let table = table(&rows, peer.as_ref());
+    if !bench.json && bench.gpu {
+        for row in &table {
+            print_line(&words(row));
+        }
+    }
+    let mut document =
+        json!({ "bench": "flux", "measured": bench.gpu, "table": table, "rows": rows });
+    if let Some(peer) = peer {
+        document["peer"] = Value::Object(peer);
+    }
+    Ok(document)
+}
+
+/// The lines for which there are figures.
+fn table(rows: &Map<String, Value>, peer: Option<&Map<String, Value>>) -> Vec<Value> {
+    let field = |row: &str, field: &str| rows.get(row).and_then(|row| row[field].as_f64());
+    let with_targets = |name: &str, value: f64, unit: &str, target: f64, stretch: Option<f64>| {
+        json!({
+            "line": name, "value": value, "unit": unit, "target": target, "stretch": stretch,
+            "reached": value <= target, "stretch_reached": stretch.map(|stretch| value <= stretch),
+        })
+    };
+    let mut lines: Vec<Value> = LINES
+        .iter()
+        .filter_map(|line| {
+            let value = field(line.figure.0, line.figure.1)?;
+            Some(with_targets(
+                line.name,
+                value,
+                line.unit,
+                line.target,
+                line.stretch,
+            ))
+        })
+        .collect();
+    let training = || rows.iter().filter(|(name, _)| name.contains("_train_"));
+    let of_four = training().filter(|(name, _)| name.ends_with("_b4"));
+    let best = of_four
+        .filter_map(|(name, row)| Some((row["step_s"].as_f64()?, name)))
+        .min_by(|a, b| a.0.total_cmp(&b.0));
+    if let Some((seconds, name)) = best {
+        let what = "optimiser step of 4 images, best plan";
+        let mut line = with_targets(what, seconds, "s", 0.40, Some(0.30));
+        line["row"] = json!(name);
+        let theirs = |name: &str| peer.and_then(|peer| peer.get(name)?.as_f64());
+        if let Some(micro) = theirs(PEER_RECIPE) {
+            line["times_the_published_recipe"] = json!(4.0 * micro / seconds);
+        }
+        if let Some(step) = theirs(PEER_STRONGEST) {
+            line["times_the_strongest_setting"] = json!(step / seconds);
+        }
+        lines.push(line);
+    }
+    let errors = training().filter_map(|(_, row)| {
+        let [found, planned] = ["allocated_bytes", "planned_bytes"].map(|key| row[key].as_f64());
+        Some((found? / planned? - 1.0).abs())
+    });
+    if let Some(worst) = errors.max_by(f64::total_cmp) {
+        let what = "predicted against measured peak, worst";
+        lines.push(with_targets(what, worst, "", 0.05, Some(0.02)));
+    }
+    lines
+}
+
+fn words(line: &Value) -> String {
+    let number = |key: &str| line[key].as_f64().unwrap_or(f64::NAN);
+    let mut text = format!(
+        "{}: {:.4} {} (target {}",
+        line["line"].as_str().unwrap_or_default(),
+        number("value"),
+        line["unit"].as_str().unwrap_or_default(),
+        number("target"),
+    );
+    if let Some(stretch) = line["stretch"].as_f64() {
+        text += &format!(", stretch {stretch}");
+    }
+    text.push(')');
+    for key in ["times_the_published_recipe", "times_the_strongest_setting"] {
+        if let Some(ratio) = line[key].as_f64() {
+            text += &format!(" {ratio:.2} {}", key.replace('_', " "));
+        }
+    }
+    text
+}
+
+/// Runs the peer to its end: the numbers of its lines `ROW name value …`, by name.
+fn peer_rows(python: &Path, script: &Path) -> Result<Map<String, Value>, PeerError> {
+    let ended = Command::new(python)
+        .arg(script)
+        .args(PEER_SECTIONS)
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|source| PeerError::Start {
+            python: python.to_owned(),
+            source,
+        })?;
+    let rows = parse(&String::from_utf8_lossy(&ended.stdout));
+    if rows.is_empty() {
+        return Err(PeerError::Output {
+            script: script.to_owned(),
+            figure: "ROW",
+        });
+    }
+    Ok(rows)
+}
+
+fn parse(text: &str) -> Map<String, Value> {
+    let rows = text.lines().filter_map(|line| line.strip_prefix("ROW "));
+    let pairs = rows.filter_map(|row| row.split_once(' '));
+    pairs
+        .map(|(name, value)| {
+            let first = value.split(' ').next().unwrap_or_default();
+            let value = match first.parse::<f64>() {
+                Ok(number) => json!(number),
+                Err(_) => json!(value),
+            };
+            (name.to_owned(), value)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peers_lines_are_numbers_by_name() {
+        let rows = parse(
+            "noise\nROW torch 2.11 NVIDIA H100\nROW a_s_per_step 0.5 peakGB 7.4\nROW b OOM\n",
+        );
+        assert_eq!(rows["a_s_per_step"], json!(0.5));
+        assert_eq!(rows["b"], json!("OOM"));
+        assert_eq!(rows.len(), 3);
+    }
+
+    #[test]
+    fn the_table_has_the_best_step_beside_the_peers_and_the_worst_prediction() {
+        let row = |step: f64, found: f64| json!({ "step_s": step, "allocated_bytes": found, "planned_bytes": 100.0 });
+        let mut rows = Map::new();
+        rows.insert("nf4_train_keep_b4".to_owned(), row(0.5, 103.0));
+        rows.insert("bf16_train_keep_b4".to_owned(), row(0.25, 99.0));
+        rows.insert(
+            "bf16_sample_512".to_owned(),
+            json!({ "error": "out of memory" }),
+        );
+        let peer = parse(&format!(
+            "ROW {PEER_RECIPE} 1.0 peakGB 7\nROW {PEER_STRONGEST} 0.5\n"
+        ));
+        let lines = table(&rows, Some(&peer));
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert_eq!(lines[0]["row"], "bf16_train_keep_b4");
+        assert_eq!(lines[0]["times_the_published_recipe"], json!(16.0));
+        assert_eq!(lines[0]["times_the_strongest_setting"], json!(2.0));
+        assert_eq!(lines[0]["stretch_reached"], json!(true));
+        let worst = lines[1]["value"].as_f64().expect("a number");
+        assert!((worst - 0.03).abs() < 1e-9 && lines[1]["stretch_reached"] == json!(false));
+        assert!(words(&lines[0]).contains("16.00 times the published recipe"));
+    }
+}

@@ -1,0 +1,219 @@
+//! The whole network: training by plan, sampling.
+
+use std::time::Instant;
+
+use mmdit::MmditConfig;
+use serde_json::{Map, Value, json};
+
+use super::{Outcome, STEPS, TARGETS, Table, median, open, request, shape};
+use crate::Half;
+use crate::gemm::WORKSPACE_BYTES;
+use crate::model::{
+    Engine, EngineOptions, MicroBatch, NormalWeights, Recompute, SamplerInput, Shape, WeightForm,
+};
+use crate::plan::{PlanRequest, fit, lora_sizes, plan, untrained};
+use crate::stream::{Rates, Work};
+
+/// Random host values of a batch.
+struct Batch {
+    shape: Shape,
+    latents: Vec<f32>,
+    per_sample: Vec<f32>,
+    text: Vec<f32>,
+    pooled: Vec<f32>,
+}
+
+impl Batch {
+    fn new(config: &MmditConfig, shape: Shape) -> Self {
+        let mut state = 1u32;
+        let mut numbers = |count: usize| -> Vec<f32> {
+            (0..count)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+                })
+                .collect()
+        };
+        Self {
+            shape,
+            latents: numbers(shape.rows(1) * config.in_channels),
+            per_sample: vec![0.5; shape.b],
+            text: numbers(shape.rows(0) * config.joint_attention_dim),
+            pooled: numbers(shape.b * config.pooled_projection_dim),
+        }
+    }
+
+    fn micro(&self) -> MicroBatch<'_> {
+        MicroBatch {
+            shape: self.shape,
+            latents: &self.latents,
+            noise: &self.latents,
+            sigmas: &self.per_sample,
+            times: &self.per_sample,
+            weights: &self.per_sample,
+            text: &self.text,
+            pooled: &self.pooled,
+            guidance: Some(&self.per_sample),
+        }
+    }
+}
+
+pub(super) fn model_rows(table: &mut Table, name: &str, form: WeightForm) -> Outcome {
+    let config = MmditConfig::flux_dev();
+    let options = EngineOptions {
+        t: Half::Bf16,
+        form,
+    };
+    let stream = open()?;
+    let (free_before, _) = stream.memory()?;
+    let start = Instant::now();
+    let weights = NormalWeights { std: 0.02 };
+    let mut engine = Engine::load(stream, &config, &weights, options)?;
+    table.row(
+        &format!("{name}_load"),
+        json!({ "s": start.elapsed().as_secs_f64() }),
+    );
+    sampling_rows(table, name, &mut engine)?;
+    let lora = lora_sizes(&config, &TARGETS, 4);
+    engine.attach_lora(&untrained(&config, &lora, || 0.01), true)?;
+    let mut lines = vec![
+        ("recompute_b1", 1, Recompute::Everything),
+        ("keep_b1", 1, Recompute::Nothing),
+        ("recompute_b4", 4, Recompute::Everything),
+        ("keep_b4", 4, Recompute::Nothing),
+    ];
+    if let Some((recompute, _)) = fit(
+        &request(&config, options, &lora, 4, Recompute::Nothing),
+        23_500_000_000,
+        Rates::H100,
+    )? {
+        lines.push(("within_24GB_b4", 4, recompute));
+    }
+    for (line, b, recompute) in lines {
+        let line = format!("{name}_train_{line}");
+        table.guarded(&line.clone(), |table| {
+            let request = request(&config, options, &lora, b, recompute);
+            training_row(table, &line, &mut engine, &request, free_before)
+        });
+    }
+    Ok(())
+}
+
+fn training_row(
+    table: &mut Table,
+    line: &str,
+    engine: &mut Engine,
+    request: &PlanRequest,
+    free_before: usize,
+) -> Outcome {
+    let planned = plan(request, Rates::H100)?;
+    engine.release_activations()?;
+    engine.start_training(request.training)?;
+    let batch = Batch::new(&request.config, request.shape);
+    let step = |engine: &mut Engine| -> Outcome {
+        engine.micro_step(&batch.micro(), 1.0)?;
+        engine.optimizer_step(1e-4, 1.0)?;
+        Ok(())
+    };
+    for _ in 0..3 {
+        step(engine)?;
+    }
+    let (mut steps, mut micro_steps) = (Vec::new(), Vec::new());
+    for _ in 0..STEPS {
+        engine.stream().synchronize()?;
+        let start = Instant::now();
+        step(engine)?;
+        engine.stream().synchronize()?;
+        steps.push(start.elapsed().as_secs_f64());
+        let start = Instant::now();
+        engine.micro_step(&batch.micro(), 1.0)?;
+        engine.stream().synchronize()?;
+        micro_steps.push(start.elapsed().as_secs_f64());
+    }
+    let (free, _) = engine.stream().memory()?;
+    let allocated = engine.stream().allocated_bytes() + WORKSPACE_BYTES;
+    engine.use_graphs(false);
+    step(engine)?;
+    engine.stream().start_timing();
+    engine.micro_step(&batch.micro(), 1.0)?;
+    let launches = engine.stream().stop_timing()?;
+    let sum = |work: Work| -> f64 {
+        let of = launches.iter().filter(|(kind, ..)| *kind == work);
+        of.map(|(_, _, ms)| f64::from(*ms)).sum()
+    };
+    let mut by_name: Map<String, Value> = Map::new();
+    for (_, name, ms) in &launches {
+        let sum = by_name.get(name).and_then(Value::as_f64).unwrap_or(0.0) + f64::from(*ms);
+        by_name.insert(name.clone(), json!(sum));
+    }
+    let shares: Map<String, Value> = Work::ALL
+        .iter()
+        .map(|work| (format!("{work:?}_ms"), json!(sum(*work))))
+        .collect();
+    table.row(
+        line,
+        json!({
+            "recompute": format!("{:?}", request.training.recompute),
+            "step_s": median(steps),
+            "micro_step_s": median(micro_steps),
+            "planned_micro_step_s": planned.micro_step_s(),
+            "allocated_bytes": allocated,
+            "planned_bytes": planned.total_bytes(),
+            "device_bytes": free_before.saturating_sub(free),
+            "launches": launches.len(),
+            "by_kind": shares,
+            "by_name_ms": by_name,
+        }),
+    );
+    Ok(())
+}
+
+fn sampling_rows(table: &mut Table, name: &str, engine: &mut Engine) -> Outcome {
+    const SAMPLER_STEPS: usize = 12;
+    let config = engine.config().clone();
+    let sigmas: Vec<f32> = (0..=SAMPLER_STEPS)
+        .map(|i| 1.0 - i as f32 / SAMPLER_STEPS as f32)
+        .collect();
+    for pixels in [512, 1024] {
+        let mut times = Vec::new();
+        for guided in [false, true] {
+            let batch = Batch::new(&config, shape(1, pixels));
+            let input = SamplerInput {
+                shape: batch.shape,
+                tokens: &batch.latents,
+                sigmas: &sigmas,
+                times: &sigmas[..SAMPLER_STEPS],
+                text: &batch.text,
+                pooled: &batch.pooled,
+                negative: guided.then_some((batch.text.as_slice(), batch.pooled.as_slice(), 4.0)),
+                guidance: Some(3.5),
+            };
+            let start = Instant::now();
+            engine.start_sampling(&input)?;
+            engine.stream().synchronize()?;
+            let prepared_s = start.elapsed().as_secs_f64();
+            for _ in 0..3 {
+                engine.sample_step()?;
+            }
+            let mut steps = Vec::new();
+            for _ in 3..SAMPLER_STEPS {
+                engine.stream().synchronize()?;
+                let start = Instant::now();
+                engine.sample_step()?;
+                engine.stream().synchronize()?;
+                steps.push(start.elapsed().as_secs_f64());
+            }
+            times.push((median(steps), prepared_s));
+        }
+        table.row(
+            &format!("{name}_sample_{pixels}"),
+            json!({
+                "step_s": times[0].0,
+                "true_guidance_step_s": times[1].0,
+                "true_guidance_ratio": times[1].0 / times[0].0,
+                "prepare_s": times[0].1,
+            }),
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,581 @@
+//! The engine `cuda`: `engine-cuda`, with the LoRA, its optimiser and the accumulation of gradients on the card.
+//!
+//! Training is planned for the memory that is free before the network is loaded. A card that fails in the middle of a
+//! step (it has fallen off the bus, or somebody else took its memory) is a panic: nothing can be gone on with, and the
+//! newest checkpoint is where the next run begins.
+
+use std::collections::BTreeMap;
+
+use engine_cuda::model::{
+    self, EngineOptions, LoraFactors, Recompute, SamplerInput, Shape, VelocityInput, WeightForm,
+};
+use engine_cuda::stream::OpenOptions;
+use engine_cuda::{CudaError, Half, Stream, gemm};
+use flow_matching::model_time;
+use mmdit::patches::PATCH_CELLS;
+use mmdit::{BaseWeights, MmditConfig, MmditError};
+use quant::QuantError;
+use tensor::Precision;
+
+use crate::batch::MicroBatch;
+use crate::choice::EngineName;
+use crate::host::Gradients;
+use crate::lora_state::TrainableLora;
+use crate::micro::MicroStep;
+use crate::optimise::{LoraOptimizer, LossScaler, StepOutcome};
+use crate::plan::{
+    PlanError, TrainingPlan, TrainingRequest, Workload, gigabytes, training_options,
+};
+use crate::{
+    Engine, Factors, Input, OpenError, Opening, StepReport, TrainingEngine, TrainingState,
+    Trajectory,
+};
+
+/// Kept free of what a plan may use: kernels' code, and what the driver takes for graphs.
+const RESERVE_BYTES: usize = 512 << 20;
+
+/// The 16-bit float of a precision.
+pub(crate) fn half_of(precision: Precision) -> Option<Half> {
+    match precision {
+        Precision::F32 => None,
+        Precision::Bf16 => Some(Half::Bf16),
+        Precision::F16 => Some(Half::F16),
+    }
+}
+
+/// The form that weights are kept in.
+pub(crate) fn form_of(base: BaseWeights) -> WeightForm {
+    match base {
+        BaseWeights::Plain => WeightForm::Half,
+        BaseWeights::Nf4 { double_quant } => WeightForm::Nf4 { double_quant },
+    }
+}
+
+fn config_of(opening: &Opening<'_>) -> Result<MmditConfig, OpenError> {
+    let config = MmditConfig::from_file(&opening.dir.join("config.json"));
+    Ok(config.map_err(MmditError::from)?)
+}
+
+fn stream_of(opening: &Opening<'_>) -> Result<Stream, CudaError> {
+    Stream::open(&OpenOptions {
+        device: opening.card,
+        kernel_cache: None,
+    })
+}
+
+fn load(
+    opening: &Opening<'_>,
+    stream: Stream,
+    config: &MmditConfig,
+) -> Result<model::Engine, OpenError> {
+    let t = half_of(opening.precision).ok_or(PlanError::Precision {
+        found: opening.precision,
+    })?;
+    let options = EngineOptions {
+        t,
+        form: form_of(opening.base),
+    };
+    Ok(model::Engine::open(stream, opening.dir, config, options)?)
+}
+
+/// What became of a call on the card.
+fn on_card<V>(outcome: Result<V, CudaError>) -> V {
+    outcome.unwrap_or_else(|error| panic!("the engine `cuda` cannot go on: {error}"))
+}
+
+/// One set of factors per layer: several add up, which is one of their joint rank with the strengths in B.
+fn merged(factors: &[Factors]) -> Vec<LoraFactors> {
+    let mut by_path: BTreeMap<&str, Vec<&Factors>> = BTreeMap::new();
+    for one in factors {
+        by_path.entry(&one.path).or_default().push(one);
+    }
+    let of_one_layer = |(path, parts): (&str, Vec<&Factors>)| {
+        if let [one] = parts[..] {
+            return LoraFactors {
+                path: path.to_owned(),
+                rank: one.rank,
+                scale: one.scale,
+                a: one.a.clone(),
+                b: one.b.clone(),
+            };
+        }
+        let rank = parts.iter().map(|part| part.rank).sum();
+        let rows = parts
+            .iter()
+            .map(|part| part.b.len() / part.rank.max(1))
+            .min();
+        let mut b = Vec::new();
+        for row in 0..rows.unwrap_or(0) {
+            for part in &parts {
+                let values = &part.b[row * part.rank..(row + 1) * part.rank];
+                b.extend(values.iter().map(|value| value * part.scale));
+            }
+        }
+        LoraFactors {
+            path: path.to_owned(),
+            rank,
+            scale: 1.0,
+            a: parts.iter().flat_map(|part| &part.a).copied().collect(),
+            b,
+        }
+    };
+    by_path.into_iter().map(of_one_layer).collect()
+}
+
+/// Sizes of a batch whose positions are those of text tokens and of a whole picture.
+///
+/// # Panics
+///
+/// If they are not.
+fn shape_of(b: usize, num_image_tokens: usize, positions: &[[f32; 3]]) -> Shape {
+    let text = positions.len().saturating_sub(num_image_tokens);
+    let cells = |axis: usize| {
+        let last = positions.last().map_or(0.0, |position| position[axis]);
+        PATCH_CELLS * (last as usize + 1)
+    };
+    let latent_cells = [cells(1), cells(2)];
+    let mut expected = mmdit::text_ids(text);
+    expected.extend(mmdit::image_ids(latent_cells[0], latent_cells[1]));
+    assert!(
+        positions == expected,
+        "{num_image_tokens} image tokens after {text} text tokens are no whole picture"
+    );
+    Shape {
+        b,
+        text,
+        latent_cells,
+    }
+}
+
+/// `engine-cuda` for drawing.
+pub struct Cuda {
+    engine: model::Engine,
+}
+
+impl Cuda {
+    /// Loads the network onto the opening's card.
+    ///
+    /// # Errors
+    ///
+    /// If something that the engine needs is not there, the network's configuration or weights cannot be used, or the
+    /// card has too little memory.
+    pub fn open(opening: &Opening<'_>) -> Result<Self, OpenError> {
+        let config = config_of(opening)?;
+        let engine = load(opening, stream_of(opening)?, &config)?;
+        Ok(Self { engine })
+    }
+}
+
+impl Engine for Cuda {
+    fn name(&self) -> EngineName {
+        EngineName::Cuda
+    }
+
+    fn config(&self) -> &MmditConfig {
+        self.engine.config()
+    }
+
+    fn set_lora(&mut self, factors: &[Factors]) {
+        let factors = merged(factors);
+        on_card(if factors.is_empty() {
+            self.engine.detach_lora()
+        } else {
+            self.engine.attach_lora(&factors, false)
+        });
+    }
+
+    fn draw(
+        &mut self,
+        trajectory: &Trajectory<'_>,
+        on_step: &mut dyn FnMut(usize, &[f32]),
+    ) -> Option<Vec<f32>> {
+        let config = self.engine.config();
+        let b = trajectory.pooled_projections.len() / config.pooled_projection_dim.max(1);
+        let num_image_tokens = trajectory.hidden_states.len() / (b * config.in_channels).max(1);
+        on_card(self.engine.start_sampling(&SamplerInput {
+            shape: shape_of(b, num_image_tokens, trajectory.positions),
+            tokens: trajectory.hidden_states,
+            sigmas: trajectory.sigmas,
+            times: trajectory.times,
+            text: trajectory.encoder_hidden_states,
+            pooled: trajectory.pooled_projections,
+            negative: trajectory.negative,
+            guidance: trajectory.guidance,
+        }));
+        for step in 0..trajectory.times.len() {
+            on_card(self.engine.sample_step());
+            on_step(step, &on_card(self.engine.samples()));
+        }
+        Some(on_card(self.engine.samples()))
+    }
+
+    fn velocity(&mut self, input: &Input<'_>) -> Vec<f32> {
+        let b = input.timestep.len();
+        let width = self.engine.config().in_channels;
+        let num_image_tokens = input.hidden_states.len() / (b * width).max(1);
+        on_card(self.engine.velocity(&VelocityInput {
+            shape: shape_of(b, num_image_tokens, input.positions),
+            tokens: input.hidden_states,
+            text: input.encoder_hidden_states,
+            pooled: input.pooled_projections,
+            times: input.timestep,
+            guidance: input.guidance,
+        }))
+    }
+}
+
+/// Samples of some micro-batches as one batch.
+struct Joined {
+    shape: Shape,
+    latents: Vec<f32>,
+    noise: Vec<f32>,
+    sigmas: Vec<f32>,
+    times: Vec<f32>,
+    weights: Vec<f32>,
+    text: Vec<f32>,
+    pooled: Vec<f32>,
+    guidance: Option<Vec<f32>>,
+}
+
+impl Joined {
+    fn new(batches: &[MicroBatch], guidance: Option<f32>) -> Self {
+        let first = &batches[0];
+        let [_, _, h, w] = first.shape;
+        let b = batches.iter().map(MicroBatch::len).sum();
+        let all =
+            |part: fn(&MicroBatch) -> &Vec<f32>| batches.iter().flat_map(part).copied().collect();
+        let points = || batches.iter().flat_map(|batch| &batch.points);
+        Self {
+            shape: Shape {
+                b,
+                text: first.text_shape[0],
+                latent_cells: [h, w],
+            },
+            latents: all(|batch| &batch.model_input),
+            noise: all(|batch| &batch.noise),
+            sigmas: points().map(|point| point.sigma).collect(),
+            times: points().map(|point| model_time(point.timestep)).collect(),
+            weights: points().map(|point| point.weight).collect(),
+            text: all(|batch| &batch.prompt_embeds),
+            pooled: all(|batch| &batch.pooled),
+            guidance: guidance.map(|scale| vec![scale; b]),
+        }
+    }
+
+    fn view(&self) -> model::MicroBatch<'_> {
+        model::MicroBatch {
+            shape: self.shape,
+            latents: &self.latents,
+            noise: &self.noise,
+            sigmas: &self.sigmas,
+            times: &self.times,
+            weights: &self.weights,
+            text: &self.text,
+            pooled: &self.pooled,
+            guidance: self.guidance.as_deref(),
+        }
+    }
+}
+
+/// Micro-batches as they go through: `fused` at once where all are of one size, else one by one.
+fn groups(batches: &[MicroBatch], fused: usize) -> impl Iterator<Item = &[MicroBatch]> {
+    let sizes = |batch: &MicroBatch| (batch.shape, batch.text_shape);
+    let alike = batches
+        .windows(2)
+        .all(|pair| sizes(&pair[0]) == sizes(&pair[1]));
+    let fits = alike && batches.len().is_multiple_of(fused.max(1));
+    batches.chunks(if fits { fused.max(1) } else { 1 })
+}
+
+/// `engine-cuda` for training.
+pub struct CudaTraining {
+    engine: model::Engine,
+    /// The optimiser's numbers, and what a saved state has to look like; its own moments stay at their beginning.
+    template: LoraOptimizer,
+    scaler: LossScaler,
+    num_steps: u64,
+    plan: TrainingPlan,
+    /// Ours after the first step.
+    measured_bytes: Option<usize>,
+}
+
+impl CudaTraining {
+    /// Plans for the card's free memory, then loads the network onto it.
+    ///
+    /// # Errors
+    ///
+    /// If something that the engine needs is not there, the work does not fit into the card's memory, the LoRA is on
+    /// layers that the engine does not train, or the network's configuration or weights cannot be used.
+    pub fn open(
+        opening: &Opening<'_>,
+        lora: &TrainableLora,
+        optimizer: LoraOptimizer,
+        workload: Workload,
+    ) -> Result<Self, OpenError> {
+        let config = config_of(opening)?;
+        let stream = stream_of(opening)?;
+        let (free, _) = stream.memory()?;
+        // The products' workspace is taken already, and the plan counts it.
+        let limit = (free + gemm::WORKSPACE_BYTES).saturating_sub(RESERVE_BYTES);
+        let request = TrainingRequest {
+            config: &config,
+            precision: opening.precision,
+            base: opening.base,
+            lora,
+            optimizer: &optimizer,
+            workload,
+        };
+        let plan = request.choose(limit)?;
+        let engine = load(opening, stream, &config)?;
+        Self::new(engine, lora, optimizer, plan)
+    }
+
+    /// Training with a network that is loaded already.
+    pub(crate) fn new(
+        mut engine: model::Engine,
+        lora: &TrainableLora,
+        optimizer: LoraOptimizer,
+        plan: TrainingPlan,
+    ) -> Result<Self, OpenError> {
+        engine.attach_lora(&merged(&lora.factors()), true)?;
+        engine.start_training(training_options(&optimizer, plan.recompute()))?;
+        Ok(Self {
+            engine,
+            scaler: optimizer.scaler(),
+            template: optimizer,
+            num_steps: 0,
+            plan,
+            measured_bytes: None,
+        })
+    }
+}
+
+impl TrainingEngine for CudaTraining {
+    fn name(&self) -> EngineName {
+        EngineName::Cuda
+    }
+
+    fn num_steps(&self) -> u64 {
+        self.num_steps
+    }
+
+    fn step(&mut self, batches: &[MicroBatch], guidance: f32, learning_rate: f64) -> StepReport {
+        let loss_scale = self.scaler.scale;
+        let guidance = self.engine.config().guidance_embeds.then_some(guidance);
+        // Every group has the same number of samples or is a micro-batch, so the mean of groups is that of micro-batches.
+        let num_groups = groups(batches, self.plan.fused).count();
+        let loss_factor = loss_scale / num_groups as f32;
+        for group in groups(batches, self.plan.fused) {
+            let joined = Joined::new(group, guidance);
+            on_card(self.engine.micro_step(&joined.view(), loss_factor));
+        }
+        let report = on_card(self.engine.optimizer_step(learning_rate, 1.0 / loss_scale));
+        self.scaler.update(!report.skipped);
+        if !report.skipped {
+            self.num_steps += 1;
+        }
+        let bytes = self.engine.stream().allocated_bytes() + gemm::WORKSPACE_BYTES;
+        self.measured_bytes = self.measured_bytes.max(Some(bytes));
+        StepReport {
+            loss: report.loss,
+            outcome: StepOutcome {
+                grad_norm: report.grad_norm,
+                clipped: report.clipped,
+                skipped: report.skipped,
+                loss_scale,
+            },
+        }
+    }
+
+    fn lora(&self) -> Vec<Vec<f32>> {
+        let factors = on_card(self.engine.lora()).into_iter();
+        factors.flat_map(|layer| [layer.a, layer.b]).collect()
+    }
+
+    fn export(&self) -> TrainingState {
+        let (num_steps, optimizer) = on_card(self.engine.export_optimizer());
+        TrainingState {
+            num_steps,
+            lora: self.lora(),
+            optimizer,
+            scaler: self.scaler,
+        }
+    }
+
+    fn import(&mut self, state: TrainingState) -> Result<(), QuantError> {
+        let TrainingState {
+            num_steps,
+            lora,
+            optimizer,
+            scaler,
+        } = state;
+        // The host's optimiser says what is wrong with a state before the card sees any of it.
+        self.template
+            .clone()
+            .import(num_steps, optimizer.clone(), scaler)?;
+        on_card(self.engine.import_optimizer(num_steps, optimizer));
+        on_card(self.engine.set_lora_values(&lora.concat()));
+        self.num_steps = num_steps;
+        self.scaler = scaler;
+        Ok(())
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let predicted = self.plan.total_bytes();
+        let mut notes = vec![format!("engine cuda: {}", self.plan.summary())];
+        if let Some(measured) = self.measured_bytes {
+            notes.push(format!(
+                "GPU memory: {} predicted, {} measured ({:+.1} %)",
+                gigabytes(predicted),
+                gigabytes(measured),
+                100.0 * (measured as f64 / predicted as f64 - 1.0)
+            ));
+        }
+        notes
+    }
+}
+
+/// `engine-cuda` for the gradients of single micro-batches, with every block recomputed.
+pub struct CudaGradients {
+    engine: model::Engine,
+}
+
+impl CudaGradients {
+    /// Loads the network onto the opening's card.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::open`].
+    pub fn open(opening: &Opening<'_>) -> Result<Self, OpenError> {
+        let Cuda { engine } = Cuda::open(opening)?;
+        Ok(Self { engine })
+    }
+}
+
+impl Gradients for CudaGradients {
+    fn name(&self) -> EngineName {
+        EngineName::Cuda
+    }
+
+    fn micro_step(
+        &mut self,
+        lora: &TrainableLora,
+        batch: &MicroBatch,
+        guidance: f32,
+        loss_factor: f32,
+    ) -> MicroStep {
+        let guidance = self.engine.config().guidance_embeds.then_some(guidance);
+        let joined = Joined::new(std::slice::from_ref(batch), guidance);
+        let engine = &mut self.engine;
+        on_card(engine.attach_lora(&merged(&lora.factors()), true));
+        on_card(engine.start_training(model::TrainingOptions {
+            recompute: Recompute::Everything,
+            // Never asked to take a step.
+            optimizer: quant::OptimizerKind::AdamW,
+            adamw: quant::AdamWConfig {
+                beta1: 0.0,
+                beta2: 0.0,
+                epsilon: 1.0,
+                weight_decay: 0.0,
+            },
+            max_grad_norm: f32::INFINITY,
+        }));
+        on_card(engine.micro_step(&joined.view(), loss_factor));
+        let (loss, _) = on_card(engine.loss_sum());
+        let gradients = on_card(engine.gradients()).into_iter();
+        MicroStep {
+            loss,
+            gradients: gradients.map(|(_, values)| values).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn factors(rank: usize, scale: f32, first: f32) -> Factors {
+        let values = |count: usize| (0..count).map(|i| first + i as f32).collect();
+        Factors {
+            path: "layer".to_owned(),
+            rank,
+            scale,
+            a: values(3 * rank),
+            b: values(2 * rank),
+        }
+    }
+
+    #[test]
+    fn several_factors_on_a_layer_are_one_of_their_joint_rank() {
+        let given = [factors(1, 2.0, 1.0), factors(2, 0.5, 10.0)];
+        let [joint] = &merged(&given)[..] else {
+            panic!("one layer");
+        };
+        assert_eq!((joint.rank, joint.scale), (3, 1.0));
+        // B·A of the joint is the sum of scale·B·A.
+        let product = |f: &LoraFactors, row: usize, column: usize| -> f32 {
+            (0..f.rank)
+                .map(|r| f.scale * f.b[row * f.rank + r] * f.a[3 * r + column])
+                .sum()
+        };
+        for row in 0..2 {
+            for column in 0..3 {
+                let apart: f32 = given
+                    .iter()
+                    .map(|one| product(&merged(std::slice::from_ref(one))[0], row, column))
+                    .sum();
+                assert_eq!(product(joint, row, column), apart);
+            }
+        }
+    }
+
+    fn batch(samples: usize, cells: usize) -> MicroBatch {
+        let point = flow_matching::TrainingPoint {
+            index: 0,
+            sigma: 0.5,
+            timestep: 500.0,
+            weight: 1.0,
+        };
+        MicroBatch {
+            shape: [samples, 1, cells, cells],
+            model_input: vec![1.0; samples * cells * cells],
+            noise: vec![2.0; samples * cells * cells],
+            points: vec![point; samples],
+            text_shape: [3, 2],
+            prompt_embeds: vec![3.0; samples * 6],
+            pooled: vec![4.0; samples],
+        }
+    }
+
+    #[test]
+    fn micro_batches_of_one_size_are_fused_and_others_looped() {
+        let alike = [batch(1, 4), batch(1, 4), batch(1, 4), batch(1, 4)];
+        let sizes = |batches: &[MicroBatch], fused| -> Vec<usize> {
+            groups(batches, fused).map(<[_]>::len).collect()
+        };
+        assert_eq!(sizes(&alike, 2), [2, 2]);
+        assert_eq!(sizes(&alike, 3), [1, 1, 1, 1]);
+        assert_eq!(sizes(&[batch(1, 4), batch(1, 6)], 2), [1, 1]);
+        let joined = Joined::new(&alike, Some(1.5));
+        assert_eq!(joined.shape.b, 4);
+        assert_eq!((joined.latents.len(), joined.text.len()), (64, 24));
+        assert_eq!(joined.guidance, Some(vec![1.5; 4]));
+    }
+
+    #[test]
+    fn positions_tell_the_picture() {
+        let mut positions = mmdit::text_ids(5);
+        positions.extend(mmdit::image_ids(4, 6));
+        let shape = shape_of(2, 6, &positions);
+        assert_eq!((shape.b, shape.text, shape.latent_cells), (2, 5, [4, 6]));
+    }
+
+    #[test]
+    #[should_panic(expected = "no whole picture")]
+    fn positions_of_half_a_picture_are_refused() {
+        let mut positions = mmdit::text_ids(1);
+        positions.extend(mmdit::image_ids(4, 4));
+        positions.swap(1, 2);
+        shape_of(1, 4, &positions);
+    }
+}
