@@ -69,7 +69,10 @@ fn document(options: &PlanOptions) -> Result<Value, Failure> {
     let base = if options.flux_dev {
         PlannedBase::flux_dev()
     } else {
-        PlannedBase::of(&recipe)?
+        PlannedBase::of(&recipe).map_err(|error| {
+            Failure::from(error)
+                .with_help("--flux-dev plans for the sizes of FLUX.1-dev, without a base")
+        })?
     };
     let (name, memory) = match options.gpu_memory {
         Some(Bytes(bytes)) => (None, bytes),
