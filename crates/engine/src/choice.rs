@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use mmdit::BaseWeights;
+use pipeline::recipe::{BaseFormat, PrecisionChoice};
 use serde::{Deserialize, Serialize};
 use tensor::device::cpu;
 use tensor::{Device, Precision};
@@ -102,6 +104,26 @@ impl FromStr for EngineChoice {
                 name: name.to_owned(),
             }),
         }
+    }
+}
+
+/// The precision that a recipe asks for.
+pub fn precision_of(choice: PrecisionChoice) -> Precision {
+    match choice {
+        PrecisionChoice::F32 => Precision::F32,
+        PrecisionChoice::Bf16 => Precision::Bf16,
+        PrecisionChoice::Fp16 => Precision::F16,
+    }
+}
+
+/// The form of the frozen weights that a recipe asks for.
+pub fn base_weights_of(format: BaseFormat) -> BaseWeights {
+    match format {
+        BaseFormat::Plain => BaseWeights::Plain,
+        BaseFormat::Nf4 => BaseWeights::Nf4 {
+            double_quant: false,
+        },
+        BaseFormat::Nf4DoubleQuant => BaseWeights::Nf4 { double_quant: true },
     }
 }
 

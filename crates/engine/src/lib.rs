@@ -45,7 +45,7 @@ use quant::{QuantError, StatePart};
 use tensor::{Device, Precision};
 
 pub use batch::MicroBatch;
-pub use choice::{EngineChoice, EngineError, EngineName};
+pub use choice::{EngineChoice, EngineError, EngineName, base_weights_of, precision_of};
 pub use engine_cpu::{Factors, Input};
 pub use host::{Gradients, HostEngine};
 pub use lora_state::TrainableLora;

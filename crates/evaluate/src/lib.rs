@@ -40,12 +40,10 @@ use std::io::Write as _;
 
 use artifacts::{digest_bytes, write_atomically};
 use autoencoder::AutoencoderConfig;
-use engine::{EngineChoice, Factors, Opening};
+use engine::{EngineChoice, Factors, Opening, base_weights_of, precision_of};
 use lora::{LoraFile, Target};
-use mmdit::{BaseWeights, MmditConfig};
-use pipeline::recipe::{BaseFormat, PrecisionChoice};
+use mmdit::MmditConfig;
 use pipeline::{Stage, StageContext, StageReport, WeightPart, files, outputs};
-use tensor::Precision;
 
 pub use crate::error::EvaluateError;
 pub use crate::report::{Group, GroupKind, Report};
@@ -190,11 +188,7 @@ fn held_out_loss(
     let vae = AutoencoderConfig::from_file(&vae_path)?;
     let lora = trained_lora(context, config)?;
     let train = &context.recipe.train;
-    let precision = match train.precision {
-        PrecisionChoice::F32 => Precision::F32,
-        PrecisionChoice::Bf16 => Precision::Bf16,
-        PrecisionChoice::Fp16 => Precision::F16,
-    };
+    let precision = precision_of(train.precision);
     let choice: EngineChoice = context.options.engine.parse()?;
     let name = choice.resolve(&context.options.device, &device, precision)?;
     let opening = Opening {
@@ -202,13 +196,7 @@ fn held_out_loss(
         device,
         card: engine::choice::card_of(&context.options.device).unwrap_or(0),
         precision,
-        base: match train.base_format {
-            BaseFormat::Plain => BaseWeights::Plain,
-            BaseFormat::Nf4 => BaseWeights::Nf4 {
-                double_quant: false,
-            },
-            BaseFormat::Nf4DoubleQuant => BaseWeights::Nf4 { double_quant: true },
-        },
+        base: base_weights_of(train.base_format),
     };
     let mut engine = engine::open(name, &opening)?;
     loss::measure(context, held_out, engine.as_mut(), &lora, &vae)

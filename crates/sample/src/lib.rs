@@ -33,11 +33,8 @@ mod drawing;
 mod test_recipe;
 
 use autoencoder::Autoencoder;
-use engine::{EngineChoice, Opening};
-use mmdit::BaseWeights;
-use pipeline::recipe::{BaseFormat, PrecisionChoice};
+use engine::{EngineChoice, Opening, base_weights_of, precision_of};
 use pipeline::{Stage, StageContext, StageReport, WeightPart, files, outputs};
-use tensor::Precision;
 
 pub use crate::conditioning::{Conditioning, EncodedTexts, Encoders};
 pub use crate::denoise::{Denoising, TrueCfg, denoise};
@@ -157,24 +154,6 @@ fn lora_choices(context: &StageContext) -> Vec<LoraChoice> {
         .iter()
         .map(|choice| LoraChoice::file(&choice.path, choice.scale));
     trained.into_iter().chain(others).collect()
-}
-
-fn precision_of(choice: PrecisionChoice) -> Precision {
-    match choice {
-        PrecisionChoice::F32 => Precision::F32,
-        PrecisionChoice::Bf16 => Precision::Bf16,
-        PrecisionChoice::Fp16 => Precision::F16,
-    }
-}
-
-fn base_weights_of(format: BaseFormat) -> BaseWeights {
-    match format {
-        BaseFormat::Plain => BaseWeights::Plain,
-        BaseFormat::Nf4 => BaseWeights::Nf4 {
-            double_quant: false,
-        },
-        BaseFormat::Nf4DoubleQuant => BaseWeights::Nf4 { double_quant: true },
-    }
 }
 
 fn settings(context: &StageContext, base: &Base, plan: &Plan, stack: &LoraStack) -> Settings {

@@ -1,13 +1,14 @@
 //! What training a recipe takes on an NVIDIA card, from configurations alone: no weights, no data.
 
 use autoencoder::AutoencoderConfig;
-use engine::{LoraOptimizer, TrainingPlan, TrainingRequest, Workload};
+use engine::{
+    LoraOptimizer, TrainingPlan, TrainingRequest, Workload, base_weights_of, precision_of,
+};
 use mmdit::MmditConfig;
 use pipeline::WeightPart;
 use pipeline::recipe::{Recipe, TrainRecipe};
 
 use crate::error::TrainError;
-use crate::stage::{base_weights, precision};
 use crate::untrained::untrained_lora;
 
 /// The sizes that a plan is made for.
@@ -57,8 +58,8 @@ pub fn plan(
     let cells = recipe.cache_latents.resolution_px as usize / base.cell_px;
     let request = TrainingRequest {
         config: &base.transformer,
-        precision: precision(train.precision),
-        base: base_weights(train.base_format),
+        precision: precision_of(train.precision),
+        base: base_weights_of(train.base_format),
         lora: &lora,
         optimizer: &LoraOptimizer::of(train, &lora),
         workload: workload(train, recipe.embed_text.t5_tokens, [cells, cells]),

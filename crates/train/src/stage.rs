@@ -5,13 +5,13 @@ use std::path::Path;
 
 use artifacts::{Digest, Footer, digest_file, metrics};
 use autoencoder::AutoencoderConfig;
-use engine::{EngineChoice, LoraOptimizer, Opening};
+use engine::{EngineChoice, LoraOptimizer, Opening, base_weights_of, precision_of};
 use flow_matching::{Density, Scheduler, SchedulerConfig, Weighting};
+use mmdit::MmditConfig;
 use mmdit::patches::PATCH_CELLS;
-use mmdit::{BaseWeights, MmditConfig};
-use pipeline::recipe::{self, BaseFormat, PrecisionChoice, TimestepSampling, TrainRecipe};
+use pipeline::recipe::{self, TimestepSampling, TrainRecipe};
 use pipeline::{Fingerprint, Stage, StageContext, StageReport, WeightPart, files, outputs};
-use tensor::{Precision, device};
+use tensor::device;
 
 use crate::batch::LatentScaling;
 use crate::checkpoint::{self, Checkpoint};
@@ -34,7 +34,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     let data = open_data(context, &config)?;
     let lora = untrained_lora(&config, recipe)?;
     let device = device::select(&context.options.device)?;
-    let precision = precision(recipe.precision);
+    let precision = precision_of(recipe.precision);
     let choice: EngineChoice = context.options.engine.parse()?;
     let name = choice.resolve(&context.options.device, &device, precision)?;
     let opening = Opening {
@@ -42,7 +42,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
         device,
         card: engine::choice::card_of(&context.options.device).unwrap_or(0),
         precision,
-        base: base_weights(recipe.base_format),
+        base: base_weights_of(recipe.base_format),
     };
     let optimizer = LoraOptimizer::of(recipe, &lora);
     let engine = engine::open_training(name, &opening, lora.clone(), optimizer, {
@@ -278,23 +278,5 @@ fn weighting(recipe: &TrainRecipe) -> Weighting {
         recipe::Weighting::None | recipe::Weighting::LogitNormal | recipe::Weighting::Mode => {
             Weighting::None
         }
-    }
-}
-
-pub(crate) fn precision(choice: PrecisionChoice) -> Precision {
-    match choice {
-        PrecisionChoice::F32 => Precision::F32,
-        PrecisionChoice::Bf16 => Precision::Bf16,
-        PrecisionChoice::Fp16 => Precision::F16,
-    }
-}
-
-pub(crate) fn base_weights(format: BaseFormat) -> BaseWeights {
-    match format {
-        BaseFormat::Plain => BaseWeights::Plain,
-        BaseFormat::Nf4 => BaseWeights::Nf4 {
-            double_quant: false,
-        },
-        BaseFormat::Nf4DoubleQuant => BaseWeights::Nf4 { double_quant: true },
     }
 }
