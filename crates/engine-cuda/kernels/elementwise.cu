@@ -119,6 +119,24 @@ extern "C" __global__ void __launch_bounds__(FLAT_THREADS) silu(T* out, const T*
         [&](long long i) { out[i] = from_f32(f(to_f32(in[i]))); });
 }
 
+// dx = dy·silu′(x). `dx` may be `dy`.
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS) silu_backward(T* dx, const T* dy, const T* x, long long n) {
+    const auto f = [](float g, float e) {
+        const float s = 1.0f / (1.0f + expf(-e));
+        return g * s * fmaf(e, 1.0f - s, 1.0f);
+    };
+    each_flat(
+        n,
+        [&](long long i) {
+            Vec8 g = load8(dy, i);
+            const Vec8 e = load8(x, i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) g.v[j] = f(g.v[j], e.v[j]);
+            store8(dx, i, g);
+        },
+        [&](long long i) { dx[i] = from_f32(f(to_f32(dy[i]), to_f32(x[i]))); });
+}
+
 // a += b.
 extern "C" __global__ void __launch_bounds__(FLAT_THREADS) add(T* a, const T* b, long long n) {
     each_flat(

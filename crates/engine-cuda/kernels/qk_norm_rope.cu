@@ -24,6 +24,11 @@ static __device__ __forceinline__ Placement place(int n, int n_total, int token_
     return Placement{(long long)blockIdx.x, (long long)sample * n_total + position, position};
 }
 
+static __device__ __forceinline__ Placement place_row(int row, int n, int n_total, int token_offset) {
+    const int sample = row / n, position = token_offset + row % n;
+    return Placement{(long long)row, (long long)sample * n_total + position, position};
+}
+
 // Cosines and sines of the four pairs of a lane.
 struct Angles {
     float cos[4], sin[4];
@@ -260,5 +265,173 @@ extern "C" __global__ void __launch_bounds__(ROPE_THREADS)
         any_head_backward(d_row + at, dq + out + at, in + at, wq, cos + table, sin + table, dh, eps);
         any_head_backward(d_row + d + at, dk + out + at, in + d + at, wk, cos + table, sin + table, dh, eps);
         if (dv) copy_head(d_row + 2 * d + at, dv + out + at, dh);
+    }
+}
+
+// Going back with the gradients of the norms' weights too: Σ over tokens and heads of (the turned-back gradient)·x·r.
+// A grid of any size; warps take pairs of row and group of heads in turn. Each block writes its sums of queries' and
+// keys' weights to partials[block][2][dh], which `finish_sums_f32` adds up.
+#define SUM_THREADS 256
+#define SUM_WARPS (SUM_THREADS / WARP)
+
+template <int LANES>
+static __device__ __forceinline__ Vec8 norm_rotate_backward_sums(const Vec8& dout, const Vec8& x, const Vec8& w,
+                                                                 const Angles& a, float eps, Vec8& sums) {
+    const float r = inverse_root<LANES>(x, eps);
+    Vec8 g;
+    float product = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float even = dout.v[2 * i], odd = dout.v[2 * i + 1];
+        g.v[2 * i] = even * a.cos[i] + odd * a.sin[i];
+        g.v[2 * i + 1] = odd * a.cos[i] - even * a.sin[i];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        sums.v[j] = fmaf(g.v[j], x.v[j] * r, sums.v[j]);
+        g.v[j] *= w.v[j];
+        product = fmaf(g.v[j], x.v[j], product);
+    }
+    product = group_sum<LANES>(product) / (float)(8 * LANES) * r * r;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) g.v[j] = r * (g.v[j] - x.v[j] * product);
+    return g;
+}
+
+template <int DH>
+static __device__ __forceinline__ void backward_sums(T* dqkv, float* partials, const T* dq, const T* dk, const T* dv,
+                                                     const T* qkv, const T* wq, const T* wk, const float* cos,
+                                                     const float* sin, int rows, int n, int n_total, int token_offset,
+                                                     int heads, int in_stride, int out_stride, float eps) {
+    constexpr int LANES = DH / 8, HEADS = WARP / LANES;
+    __shared__ __align__(16) float scratch[SUM_WARPS][2][WARP * 8];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = lane % LANES;
+    const int groups = (heads + HEADS - 1) / HEADS, d = heads * LANES;
+    const Vec8 weight_q = load8(wq, part), weight_k = load8(wk, part);
+    Vec8 q_sums, k_sums;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) q_sums.v[j] = k_sums.v[j] = 0.0f;
+    const long long items = (long long)rows * groups, step = (long long)gridDim.x * SUM_WARPS;
+    for (long long item = (long long)blockIdx.x * SUM_WARPS + warp; item < items; item += step) {
+        const Placement p = place_row((int)(item / groups), n, n_total, token_offset);
+        const Angles angles = load_angles(cos, sin, p.position * DH + part * 8);
+        const T* q_in = qkv + p.in_row * in_stride;
+        T* d_row = dqkv + p.in_row * in_stride;
+        const long long out = p.out_row * out_stride;
+        const int head = (int)(item % groups) * HEADS + lane / LANES;
+        const bool here = head < heads; // all lanes take part in the sums
+        const int i = head * LANES + part;
+        const uint4 zero = make_uint4(0, 0, 0, 0);
+        const uint4 q = here ? load_bits(q_in, i) : zero;
+        const uint4 k = here ? load_bits(q_in, i + d) : zero;
+        const uint4 q_grad = here ? load_bits(dq + out, i) : zero;
+        const uint4 k_grad = here ? load_bits(dk + out, i) : zero;
+        const uint4 v_grad = here ? load_bits(dv + out, i) : zero;
+        const Vec8 q_done =
+            norm_rotate_backward_sums<LANES>(unpack8(q_grad), unpack8(q), weight_q, angles, eps, q_sums);
+        const Vec8 k_done =
+            norm_rotate_backward_sums<LANES>(unpack8(k_grad), unpack8(k), weight_k, angles, eps, k_sums);
+        if (here) {
+            store8(d_row, i, q_done);
+            store8(d_row, i + d, k_done);
+            store_bits(d_row, i + 2 * d, v_grad);
+        }
+    }
+    store8_f32(scratch[warp][0], lane, q_sums);
+    store8_f32(scratch[warp][1], lane, k_sums);
+    __syncthreads();
+    if (threadIdx.x >= 2 * DH) return;
+    const int side = threadIdx.x / DH, channel = threadIdx.x % DH;
+    float total = 0.0f;
+    for (int w = 0; w < SUM_WARPS; ++w)
+#pragma unroll
+        for (int head = 0; head < HEADS; ++head) total += scratch[w][side][head * DH + channel];
+    partials[((long long)blockIdx.x * 2 + side) * DH + channel] = total;
+}
+
+#define BACKWARD_SUMS(DH)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(SUM_THREADS) qk_norm_rope_backward_sums_##DH(                         \
+        T* dqkv, float* partials, const T* dq, const T* dk, const T* dv, const T* qkv, const T* wq, const T* wk,       \
+        const float* cos, const float* sin, int rows, int n, int n_total, int token_offset, int heads, int in_stride,  \
+        int out_stride, float eps) {                                                                                   \
+        backward_sums<DH>(dqkv, partials, dq, dk, dv, qkv, wq, wk, cos, sin, rows, n, n_total, token_offset, heads,    \
+                          in_stride, out_stride, eps);                                                                 \
+    }
+BACKWARD_SUMS(64)
+BACKWARD_SUMS(128)
+
+static __device__ __forceinline__ void any_head_backward_sums(T* dx, const T* dout, const T* in, const T* w,
+                                                              const float* cos, const float* sin, int dh, float eps,
+                                                              float2 (&sums)[PAIRS]) {
+    const int lane = threadIdx.x % WARP;
+    float2 x[PAIRS], g[PAIRS];
+    float squares = 0.0f, product = 0.0f;
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) {
+        const int pair = lane + k * WARP;
+        x[k] = 2 * pair < dh ? unpack2(load_pair(in, pair)) : make_float2(0.0f, 0.0f);
+        squares += x[k].x * x[k].x + x[k].y * x[k].y;
+    }
+    const float r = 1.0f / sqrtf(group_sum<WARP>(squares) / (float)dh + eps);
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) {
+        const int pair = lane + k * WARP;
+        g[k] = make_float2(0.0f, 0.0f);
+        if (2 * pair < dh) {
+            const float2 weight = unpack2(load_pair(w, pair)), d = unpack2(load_pair(dout, pair));
+            const float c = cos[2 * pair], s = sin[2 * pair];
+            const float even = d.x * c + d.y * s, odd = d.y * c - d.x * s;
+            sums[k].x = fmaf(even, x[k].x * r, sums[k].x);
+            sums[k].y = fmaf(odd, x[k].y * r, sums[k].y);
+            g[k] = make_float2(even * weight.x, odd * weight.y);
+        }
+        product += g[k].x * x[k].x + g[k].y * x[k].y;
+    }
+    product = group_sum<WARP>(product) / (float)dh * r * r;
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) {
+        const int pair = lane + k * WARP;
+        if (2 * pair < dh)
+            store_pair(dx, pair, pack2(r * (g[k].x - x[k].x * product), r * (g[k].y - x[k].y * product)));
+    }
+}
+
+// For any width: warps take pairs of row and head in turn.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+    qk_norm_rope_backward_sums_any(T* dqkv, float* partials, const T* dq, const T* dk, const T* dv, const T* qkv,
+                                   const T* wq, const T* wk, const float* cos, const float* sin, int rows, int n,
+                                   int n_total, int token_offset, int heads, int dh, int in_stride, int out_stride,
+                                   float eps) {
+    __shared__ float2 scratch[SUM_WARPS][2][WARP * PAIRS];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, d = heads * dh;
+    float2 q_sums[PAIRS], k_sums[PAIRS];
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) q_sums[k] = k_sums[k] = make_float2(0.0f, 0.0f);
+    const long long items = (long long)rows * heads, step = (long long)gridDim.x * SUM_WARPS;
+    for (long long item = (long long)blockIdx.x * SUM_WARPS + warp; item < items; item += step) {
+        const Placement p = place_row((int)(item / heads), n, n_total, token_offset);
+        const int at = (int)(item % heads) * dh;
+        const T* in = qkv + p.in_row * in_stride;
+        T* d_row = dqkv + p.in_row * in_stride;
+        const long long out = p.out_row * out_stride, table = p.position * dh;
+        any_head_backward_sums(d_row + at, dq + out + at, in + at, wq, cos + table, sin + table, dh, eps, q_sums);
+        any_head_backward_sums(d_row + d + at, dk + out + at, in + d + at, wk, cos + table, sin + table, dh, eps,
+                               k_sums);
+        copy_head(d_row + 2 * d + at, dv + out + at, dh);
+    }
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) {
+        scratch[warp][0][lane + k * WARP] = q_sums[k];
+        scratch[warp][1][lane + k * WARP] = k_sums[k];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2 * dh; i += SUM_THREADS) {
+        const int side = i / dh, channel = i % dh;
+        float total = 0.0f;
+        for (int w = 0; w < SUM_WARPS; ++w) {
+            const float2 pair = scratch[w][side][channel / 2];
+            total += channel % 2 ? pair.y : pair.x;
+        }
+        partials[((long long)blockIdx.x * 2 + side) * dh + channel] = total;
     }
 }

@@ -6,8 +6,8 @@
 //! once: on a [`Stream::dry`] stream the same code runs without a GPU and only counts bytes and operations, and that is
 //! the [`plan`].
 //!
-//! Weights are 16-bit floats or NF4; only LoRA factors are trained, so the backward pass computes gradients of inputs
-//! and of factors and nothing else.
+//! Weights are 16-bit floats or NF4. Where LoRA factors are trained, the backward pass computes gradients of inputs and
+//! of factors and nothing else; [`model::FullTrainer`] trains every weight of a small transformer on the same schedule.
 //!
 //! * [`device`]: which card there is. * [`error`], [`view`], [`stream`], [`meter`], [`kernels`], [`gemm`], [`arena`]: the machine.
 //! * [`ops`]: one typed wrapper per kernel.

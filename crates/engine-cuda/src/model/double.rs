@@ -2,7 +2,8 @@
 //!
 //! Kept from forward to backward, per token and stream: the products before the head norms (3d), the sum after
 //! attention (d) and the MLP's hidden values before GELU (4d); attention's output (d) and sums; `x·Aᵀ` of adapted
-//! layers. Everything else is cheap to compute again: norms, GELU, turned queries and keys.
+//! layers. Everything else is cheap to compute again: norms, GELU, turned queries and keys. Where all weights are
+//! trained, it is kept too.
 //!
 //! Source: `FluxTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
@@ -10,11 +11,11 @@ use mmdit::config::NORM_EPSILON;
 
 use crate::error::CudaError;
 use crate::half_type::Half;
-use crate::model::joint::Joint;
+use crate::model::joint::{Joint, Qkv};
 use crate::model::linear::Cx;
 use crate::model::network::{DoubleStream, DoubleWeights};
 use crate::model::sizes::STREAMS;
-use crate::ops::{elementwise, norm};
+use crate::ops::{elementwise, norm, sums};
 use crate::view::View;
 
 /// Modulation vectors of all blocks: T `[b, stride]`.
@@ -24,12 +25,62 @@ pub struct Modulations {
     pub view: View,
     /// Elements from one sample to the next.
     pub stride: usize,
+    /// Where their gradients go, as `view`, if they are wanted.
+    pub gradient: Option<View>,
 }
 
 impl Modulations {
     /// `N` vectors of `d` elements, the first at element `offset` of a sample.
     pub fn vectors<const N: usize>(&self, offset: usize, d: usize) -> [View; N] {
         std::array::from_fn(|i| self.view.elements_from(offset + i * d))
+    }
+
+    /// Gradient of the gate at element `offset` of a sample, if it is wanted: of the gated sum's gradient `dout` and
+    /// of what was gated, `y`, both T `[rows, d]`.
+    pub(crate) fn gate_backward(
+        &self,
+        cx: &Cx<'_>,
+        offset: usize,
+        dout: View,
+        y: View,
+        [b, tokens, d]: [usize; 3],
+    ) -> Result<(), CudaError> {
+        let Some(gradient) = self.gradient else {
+            return Ok(());
+        };
+        let mark = cx.arena.mark();
+        let partials = cx.f32(sums::partials_len(b, tokens, d, 1));
+        let out = gradient.elements_from(offset);
+        let (s, t) = (cx.stream, cx.t);
+        sums::products(s, t, out, self.stride, dout, y, b, tokens, d, partials)?;
+        cx.arena.release(mark);
+        Ok(())
+    }
+
+    /// Gradients of shift and scale at these elements of a sample, if they are wanted: of the norm's gradient `dy`,
+    /// its input `x` and statistics.
+    #[allow(clippy::too_many_arguments)] // a kernel's
+    pub(crate) fn norm_backward(
+        &self,
+        cx: &Cx<'_>,
+        [shift, scale]: [usize; 2],
+        dy: View,
+        x: View,
+        stats: View,
+        [b, tokens, d]: [usize; 3],
+    ) -> Result<(), CudaError> {
+        let Some(gradient) = self.gradient else {
+            return Ok(());
+        };
+        let mark = cx.arena.mark();
+        let partials = cx.f32(sums::partials_len(b, tokens, d, 2));
+        let [shift, scale] = [shift, scale].map(|offset| gradient.elements_from(offset));
+        let (s, t, stride) = (cx.stream, cx.t, self.stride);
+        sums::norms(
+            s, t, shift, scale, stride, dy, x, stats, b, tokens, d, partials,
+        )?;
+        cx.arena.release(mark);
+        Ok(())
     }
 }
 
@@ -41,6 +92,20 @@ pub struct KeptStream {
     hidden: View,
     /// `x·Aᵀ` of qkv, out, up, down.
     inner: [Option<View>; 4],
+    all: Option<AllOfStream>,
+}
+
+/// What a stream keeps besides where all weights are trained: their gradients need it, and nothing is computed twice.
+#[derive(Clone, Copy, Debug)]
+struct AllOfStream {
+    /// Inputs of qkv and up, and the norms' statistics, `f32 [rows, 2]`.
+    normed: [View; 2],
+    stats: [View; 2],
+    /// Inputs of out and down.
+    mixed: View,
+    activated: View,
+    /// Outputs of out and down.
+    updates: [View; 2],
 }
 
 /// What a double block keeps.
@@ -49,6 +114,8 @@ pub struct KeptDouble {
     streams: [KeptStream; 2],
     o: View,
     sums: View,
+    /// Queries, keys and values as attention reads them, where all weights are trained.
+    qkv: Option<Qkv>,
 }
 
 impl DoubleWeights {
@@ -63,10 +130,28 @@ impl DoubleWeights {
                 sum: cx.half(rows * d),
                 hidden: cx.half(rows * joint.sizes.mlp),
                 inner: [&w.qkv, &w.out, &w.up, &w.down].map(|linear| linear.keep(cx, rows)),
+                all: self.all_trained().then(|| AllOfStream {
+                    normed: [cx.half(rows * d), cx.half(rows * d)],
+                    stats: [cx.f32(2 * rows), cx.f32(2 * rows)],
+                    mixed: cx.half(rows * d),
+                    activated: cx.half(rows * joint.sizes.mlp),
+                    updates: [cx.half(rows * d), cx.half(rows * d)],
+                }),
             }
         });
         let (o, sums) = joint.output(cx);
-        KeptDouble { streams, o, sums }
+        let qkv = self.all_trained().then(|| joint.qkv(cx));
+        KeptDouble {
+            streams,
+            o,
+            sums,
+            qkv,
+        }
+    }
+
+    /// Whether the weights themselves are trained, and with them the modulations.
+    fn all_trained(&self) -> bool {
+        self.streams[0].norm_gradients.is_some()
     }
 
     /// T `[rows, d]` of text and image → the same in `out` (which may be `x`). Without `out` only what is kept is
@@ -83,13 +168,16 @@ impl DoubleWeights {
         let d = joint.sizes.d;
         let vectors = |s: usize| modulations.vectors::<6>(offset + 6 * s * d, d);
         let mark = cx.arena.mark();
-        let qkv = joint.qkv(cx);
+        let qkv = kept.qkv.unwrap_or_else(|| joint.qkv(cx));
         for s in STREAMS {
             let rows = joint.shape.rows(s);
             let w = &self.streams[s];
             let mark = cx.arena.mark();
-            let normed = cx.half(rows * d);
-            self.normed(cx, joint, s, normed, x[s], modulations, &vectors(s)[..2])?;
+            let all = kept.streams[s].all;
+            let normed = all.map_or_else(|| cx.half(rows * d), |all| all.normed[0]);
+            let stats = all.map(|all| all.stats[0]);
+            let shifts = &vectors(s)[..2];
+            self.normed(cx, joint, s, normed, stats, x[s], modulations, shifts)?;
             let [inner, ..] = kept.streams[s].inner;
             w.qkv
                 .forward(cx, kept.streams[s].qkv, 3 * d, normed, rows, inner)?;
@@ -106,36 +194,44 @@ impl DoubleWeights {
             let [_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp] = vectors(s);
             let [_, inner_out, inner_up, inner_down] = kept_s.inner;
             let mark = cx.arena.mark();
-            let mixed = joint.part(cx, kept.o, s)?;
-            let y = cx.half(rows * d);
+            let all = kept_s.all;
+            let mixed = match all {
+                None => joint.part(cx, kept.o, s)?,
+                Some(all) => joint.fetch_into(cx, all.mixed, kept.o, s)?,
+            };
+            let y = all.map_or_else(|| cx.half(rows * d), |all| all.updates[0]);
             w.out.forward(cx, y, d, mixed, rows, inner_out)?;
             let stride = modulations.stride;
-            let gated = |out, residual, gate, clip| {
+            let gated = |out, residual, gate, y, clip| {
                 elementwise::gate_residual(
                     cx.stream, cx.t, out, residual, gate, stride, y, rows, per_sample, d, clip,
                 )
             };
-            gated(kept_s.sum, x[s], gate_msa, false)?;
-            // From here on `y` holds the normed sum, and at last the MLP's output.
+            gated(kept_s.sum, x[s], gate_msa, y, false)?;
+            // Unless it is kept, `y` is used again for the normed sum, and at last for the MLP's output.
+            let normed = all.map_or(y, |all| all.normed[1]);
+            let stats = all.map(|all| all.stats[1]);
             let shifts = [shift_mlp, scale_mlp];
-            self.normed(cx, joint, s, y, kept_s.sum, modulations, &shifts)?;
+            self.normed(cx, joint, s, normed, stats, kept_s.sum, modulations, &shifts)?;
             let mlp = joint.sizes.mlp;
-            w.up.forward(cx, kept_s.hidden, mlp, y, rows, inner_up)?;
+            w.up
+                .forward(cx, kept_s.hidden, mlp, normed, rows, inner_up)?;
             if out.is_none() && !w.down.needs_input() {
                 cx.arena.release(mark);
                 continue;
             }
-            let hidden = cx.half(rows * mlp);
+            let hidden = all.map_or_else(|| cx.half(rows * mlp), |all| all.activated);
             elementwise::gelu_tanh(cx.stream, cx.t, hidden, kept_s.hidden, rows, mlp, mlp, mlp)?;
             let Some(out) = out else {
                 w.down.forward_inner(cx, hidden, rows, inner_down)?;
                 cx.arena.release(mark);
                 continue;
             };
+            let y = all.map_or(y, |all| all.updates[1]);
             w.down.forward(cx, y, d, hidden, rows, inner_down)?;
             // Upstream clips the text stream only: it is the one that overflows.
             let clip = s == 0 && cx.t == Half::F16;
-            gated(out[s], kept_s.sum, gate_mlp, clip)?;
+            gated(out[s], kept_s.sum, gate_mlp, y, clip)?;
             cx.arena.release(mark);
         }
         Ok(())
@@ -149,6 +245,7 @@ impl DoubleWeights {
         joint: &Joint<'_>,
         stream: usize,
         out: View,
+        stats: Option<View>,
         x: View,
         modulations: &Modulations,
         shift_and_scale: &[View],
@@ -158,7 +255,7 @@ impl DoubleWeights {
             cx.stream,
             cx.t,
             out,
-            None,
+            stats,
             x,
             shift_and_scale[0],
             shift_and_scale[1],
@@ -170,7 +267,8 @@ impl DoubleWeights {
         )
     }
 
-    /// Turns `gradient` (of both outputs) into that of both inputs, and adds the factors' gradients.
+    /// Turns `gradient` (of both outputs) into that of both inputs, and adds the factors' gradients or writes those of
+    /// weights and modulations.
     ///
     /// Where `reaches_input` is false, nothing before the block is trained, and `gradient` is left undefined.
     #[allow(clippy::too_many_arguments)] // what the pass has at hand
@@ -187,7 +285,8 @@ impl DoubleWeights {
         let d = joint.sizes.d;
         let vectors = |s: usize| modulations.vectors::<6>(offset + 6 * s * d, d);
         for s in STREAMS {
-            self.mlp_backward(cx, joint, s, gradient[s], kept, modulations, vectors(s))?;
+            let of = (modulations, offset + 6 * s * d);
+            self.mlp_backward(cx, joint, s, gradient[s], kept, of, vectors(s))?;
         }
 
         let mark = cx.arena.mark();
@@ -199,6 +298,10 @@ impl DoubleWeights {
             let room = joint.room(cx, d_o, s);
             let inside = cx.arena.mark();
             let dy = cx.half(rows * d);
+            if let Some(all) = kept.streams[s].all {
+                let (gate, y) = (offset + (6 * s + 2) * d, all.updates[0]);
+                modulations.gate_backward(cx, gate, gradient[s], y, joint.samples(s))?;
+            }
             elementwise::gate_backward(
                 cx.stream,
                 cx.t,
@@ -210,20 +313,27 @@ impl DoubleWeights {
                 rows / joint.shape.b,
                 d,
             )?;
-            let mixed = match w.out.needs_input() {
-                true => Some(joint.part(cx, kept.o, s)?),
-                false => None,
+            let mixed = match (kept.streams[s].all, w.out.needs_input()) {
+                (Some(all), _) => Some(all.mixed),
+                (None, true) => Some(joint.part(cx, kept.o, s)?),
+                (None, false) => None,
             };
             let inner = kept.streams[s].inner[1];
             w.out.backward(cx, Some(room), dy, mixed, rows, inner)?;
             joint.put(cx, d_o, room, s)?;
             cx.arena.release(inside);
         }
-        let qkv = joint.qkv(cx);
-        for s in STREAMS {
-            let norms = self.streams[s].norms;
-            joint.split(cx, qkv, kept.streams[s].qkv, norms, joint.stream(s))?;
-        }
+        let qkv = match kept.qkv {
+            Some(qkv) => qkv,
+            None => {
+                let qkv = joint.qkv(cx);
+                for s in STREAMS {
+                    let norms = self.streams[s].norms;
+                    joint.split(cx, qkv, kept.streams[s].qkv, norms, joint.stream(s))?;
+                }
+                qkv
+            }
+        };
         let dqkv = joint.qkv(cx);
         joint.attend_backward(cx, dqkv, (d_o, d), (kept.o, d), kept.sums, qkv)?;
         for s in STREAMS {
@@ -232,22 +342,34 @@ impl DoubleWeights {
             let inside = cx.arena.mark();
             let dproducts = cx.half(rows * 3 * d);
             let saved = kept.streams[s].qkv;
-            joint.split_backward(cx, dproducts, dqkv, saved, w.norms, joint.stream(s))?;
+            let (norms, norm_gradients) = (w.norms, w.norm_gradients);
+            let shape = joint.stream(s);
+            joint.split_backward(cx, dproducts, dqkv, saved, norms, norm_gradients, shape)?;
             let [shift, scale, ..] = vectors(s);
-            let normed = match w.qkv.needs_input() {
-                true => {
+            let all = kept.streams[s].all;
+            let normed = match (all, w.qkv.needs_input()) {
+                (Some(all), _) => Some(all.normed[0]),
+                (None, true) => {
                     let normed = cx.half(rows * d);
-                    self.normed(cx, joint, s, normed, x[s], modulations, &[shift, scale])?;
+                    let shifts = [shift, scale];
+                    self.normed(cx, joint, s, normed, None, x[s], modulations, &shifts)?;
                     Some(normed)
                 }
-                false => None,
+                (None, false) => None,
             };
             let dnormed = reaches_input.then(|| cx.half(rows * d));
             let inner = kept.streams[s].inner[0];
             w.qkv
                 .backward(cx, dnormed, dproducts, normed, rows, inner)?;
             if let Some(dnormed) = dnormed {
-                self.normed_backward(cx, joint, s, gradient[s], dnormed, x[s], modulations, scale)?;
+                if let Some(all) = all {
+                    let places = [0, 1].map(|i| offset + (6 * s + i) * d);
+                    let samples = joint.samples(s);
+                    modulations.norm_backward(cx, places, dnormed, x[s], all.stats[0], samples)?;
+                }
+                let stats = all.map(|all| all.stats[0]);
+                let of = (dnormed, stats);
+                self.normed_backward(cx, joint, s, gradient[s], of, x[s], modulations, scale)?;
             }
             cx.arena.release(inside);
         }
@@ -264,7 +386,7 @@ impl DoubleWeights {
         s: usize,
         gradient: View,
         kept: &KeptDouble,
-        modulations: &Modulations,
+        (modulations, offset): (&Modulations, usize),
         [_, _, _, shift, scale, gate]: [View; 6],
     ) -> Result<(), CudaError> {
         let (d, mlp) = (joint.sizes.d, joint.sizes.mlp);
@@ -273,6 +395,10 @@ impl DoubleWeights {
         let [_, _, inner_up, inner_down] = kept.inner;
         let mark = cx.arena.mark();
         let dy = cx.half(rows * d);
+        if let Some(all) = kept.all {
+            let (gate, y) = (offset + 5 * d, all.updates[1]);
+            modulations.gate_backward(cx, gate, gradient, y, joint.samples(s))?;
+        }
         elementwise::gate_backward(
             cx.stream,
             cx.t,
@@ -286,8 +412,9 @@ impl DoubleWeights {
         )?;
         let dhidden = cx.half(rows * mlp);
         let inside = cx.arena.mark();
-        let activated = match w.down.needs_input() {
-            true => {
+        let activated = match (kept.all, w.down.needs_input()) {
+            (Some(all), _) => Some(all.activated),
+            (None, true) => {
                 let activated = cx.half(rows * mlp);
                 elementwise::gelu_tanh(
                     cx.stream,
@@ -301,7 +428,7 @@ impl DoubleWeights {
                 )?;
                 Some(activated)
             }
-            false => None,
+            (None, false) => None,
         };
         w.down
             .backward(cx, Some(dhidden), dy, activated, rows, inner_down)?;
@@ -318,17 +445,25 @@ impl DoubleWeights {
             mlp,
             mlp,
         )?;
-        let normed = match w.up.needs_input() {
-            true => {
+        let normed = match (kept.all, w.up.needs_input()) {
+            (Some(all), _) => Some(all.normed[1]),
+            (None, true) => {
                 let normed = cx.half(rows * d);
-                self.normed(cx, joint, s, normed, kept.sum, modulations, &[shift, scale])?;
+                let shifts = [shift, scale];
+                self.normed(cx, joint, s, normed, None, kept.sum, modulations, &shifts)?;
                 Some(normed)
             }
-            false => None,
+            (None, false) => None,
         };
         // `dy` is used up: it now takes the gradient of the normed sum.
         w.up.backward(cx, Some(dy), dhidden, normed, rows, inner_up)?;
-        self.normed_backward(cx, joint, s, gradient, dy, kept.sum, modulations, scale)?;
+        if let Some(all) = kept.all {
+            let places = [3, 4].map(|i| offset + i * d);
+            let samples = joint.samples(s);
+            modulations.norm_backward(cx, places, dy, kept.sum, all.stats[1], samples)?;
+        }
+        let of = (dy, kept.all.map(|all| all.stats[1]));
+        self.normed_backward(cx, joint, s, gradient, of, kept.sum, modulations, scale)?;
         cx.arena.release(mark);
         Ok(())
     }
@@ -341,7 +476,7 @@ impl DoubleWeights {
         joint: &Joint<'_>,
         stream: usize,
         gradient: View,
-        dnormed: View,
+        (dnormed, stats): (View, Option<View>),
         x: View,
         modulations: &Modulations,
         scale: View,
@@ -353,7 +488,7 @@ impl DoubleWeights {
             gradient,
             dnormed,
             x,
-            None,
+            stats,
             scale,
             modulations.stride,
             rows,

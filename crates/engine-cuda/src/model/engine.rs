@@ -58,6 +58,25 @@ pub(crate) struct PositionTables {
     _memory: Buffer,
 }
 
+impl PositionTables {
+    /// The tables for a batch's text and image tokens.
+    pub(crate) fn new(stream: &Stream, sizes: &Sizes, shape: Shape) -> Result<Self, CudaError> {
+        let [h, w] = shape.latent_cells;
+        let mut ids = text_ids(shape.text);
+        ids.extend(image_ids(h, w));
+        let tables = angles(&sizes.config, &ids);
+        let bytes = crate::arena::aligned(4 * tables[0].len());
+        let memory = stream.allocate(2 * bytes, "positions")?;
+        let [cos, sin] = [0, 1].map(|i| memory.view().skip(i * bytes).take(4 * tables[i].len()));
+        stream.upload(cos, &tables[0])?;
+        stream.upload(sin, &tables[1])?;
+        Ok(Self {
+            rope: Rope { cos, sin },
+            _memory: memory,
+        })
+    }
+}
+
 /// What one velocity is computed from. Row-major host values.
 #[derive(Clone, Copy, Debug)]
 pub struct VelocityInput<'a> {
@@ -316,19 +335,7 @@ impl Engine {
         if self.ropes.contains_key(&key) {
             return Ok(());
         }
-        let [h, w] = shape.latent_cells;
-        let mut ids = text_ids(shape.text);
-        ids.extend(image_ids(h, w));
-        let tables = angles(&self.sizes.config, &ids);
-        let bytes = crate::arena::aligned(4 * tables[0].len());
-        let memory = self.stream.allocate(2 * bytes, "positions")?;
-        let [cos, sin] = [0, 1].map(|i| memory.view().skip(i * bytes).take(4 * tables[i].len()));
-        self.stream.upload(cos, &tables[0])?;
-        self.stream.upload(sin, &tables[1])?;
-        let tables = PositionTables {
-            rope: Rope { cos, sin },
-            _memory: memory,
-        };
+        let tables = PositionTables::new(&self.stream, &self.sizes, shape)?;
         self.ropes.insert(key, tables);
         Ok(())
     }
@@ -403,7 +410,11 @@ impl Engine {
         let stride = self.sizes.modulation_width();
         let view = cx.half(rows * stride);
         self.network.modulate(cx, view, conditions, rows)?;
-        Ok(Modulations { view, stride })
+        Ok(Modulations {
+            view,
+            stride,
+            gradient: None,
+        })
     }
 }
 

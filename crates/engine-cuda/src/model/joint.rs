@@ -87,7 +87,8 @@ impl Joint<'_> {
         )
     }
 
-    /// Gradient of [`Joint::split`]'s input.
+    /// Gradient of [`Joint::split`]'s input, and of the norms' weights where there is a place for them.
+    #[allow(clippy::too_many_arguments)] // a kernel's
     pub fn split_backward(
         &self,
         cx: &Cx<'_>,
@@ -95,10 +96,31 @@ impl Joint<'_> {
         [dq, dk, dv]: Qkv,
         input: View,
         [wq, wk]: [View; 2],
+        norm_gradients: Option<[View; 2]>,
         shape: HeadShape,
     ) -> Result<(), CudaError> {
         let Rope { cos, sin } = self.rope;
         let epsilon = NORM_EPSILON as f32;
+        if let Some(gradients) = norm_gradients {
+            let mark = cx.arena.mark();
+            let partials = cx.f32(rope::sums_len(&shape));
+            rope::qk_norm_rope_backward_sums(
+                cx.stream,
+                cx.t,
+                dinput,
+                gradients,
+                [dq, dk, dv],
+                input,
+                [wq, wk],
+                cos,
+                sin,
+                partials,
+                shape,
+                epsilon,
+            )?;
+            cx.arena.release(mark);
+            return Ok(());
+        }
         rope::qk_norm_rope_backward(
             cx.stream, cx.t, dinput, dq, dk, dv, input, wq, wk, cos, sin, shape, epsilon,
         )
@@ -182,6 +204,26 @@ impl Joint<'_> {
         let room = self.room(cx, joined, stream);
         self.fetch(cx, room, joined, stream)?;
         Ok(room)
+    }
+
+    /// As [`Joint::part`], but always a copy, into `room`.
+    pub fn fetch_into(
+        &self,
+        cx: &Cx<'_>,
+        room: View,
+        joined: View,
+        stream: usize,
+    ) -> Result<View, CudaError> {
+        let (joined, stride, width) = self.rectangle(joined, stream);
+        cx.stream
+            .copy_rows(room, width, joined, stride, width, self.shape.b)?;
+        Ok(room)
+    }
+
+    /// Samples, tokens of a sample in a stream, width.
+    pub fn samples(&self, stream: usize) -> [usize; 3] {
+        let b = self.shape.b;
+        [b, self.shape.rows(stream) / b, self.sizes.d]
     }
 
     /// Memory whose content [`Joint::put`] places into a joined tensor: that tensor's own where there is one sample.

@@ -9,6 +9,7 @@ use crate::error::CudaError;
 use crate::gemm::{Matrix, Output, Product};
 use crate::half_type::Half;
 use crate::ops::nf4::{self, Absmax};
+use crate::ops::sums;
 use crate::stream::Stream;
 use crate::view::View;
 
@@ -100,13 +101,61 @@ pub struct Linear {
     pub bias: View,
     /// LoRA factors, if any part has some.
     pub factors: Option<Factors>,
+    /// Where the gradients of weight and bias go, if the layer itself is trained.
+    pub gradients: Option<LinearGradients>,
+}
+
+/// Gradients of a layer's own weight and bias. They are overwritten, not added to.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearGradients {
+    /// `f32 [out, in]`.
+    pub weight: View,
+    /// `f32 [out]`.
+    pub bias: View,
 }
 
 impl Linear {
     /// Whether the backward pass needs the layer's input.
     pub fn needs_input(&self) -> bool {
-        self.factors
-            .is_some_and(|factors| factors.gradients.is_some())
+        self.gradients.is_some()
+            || self
+                .factors
+                .is_some_and(|factors| factors.gradients.is_some())
+    }
+
+    /// Gradients of weight and bias, where the layer itself is trained: of `y` (rows `dy_stride` elements apart) and
+    /// of the input `x`.
+    pub fn weight_backward(
+        &self,
+        cx: &Cx<'_>,
+        dy: View,
+        dy_stride: usize,
+        x: View,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let Some(LinearGradients { weight, bias }) = self.gradients else {
+            return Ok(());
+        };
+        let (out, width) = (self.out_features, self.in_features);
+        let product = Product {
+            m: out,
+            n: width,
+            k: rows,
+            a: Matrix::transposed(dy, dy_stride),
+            b: Matrix::rows(x, width),
+            c: weight,
+            c_stride: width,
+            output: Output::F32,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: None,
+        };
+        cx.stream.product(cx.t, &product)?;
+        let mark = cx.arena.mark();
+        let partials = cx.f32(sums::partials_len(1, rows, out, 1));
+        sums::columns(cx.stream, cx.t, bias, dy, dy_stride, rows, out, partials)?;
+        cx.arena.release(mark);
+        Ok(())
     }
 
     /// Memory for `x·Aᵀ`, to be kept from forward to backward.
@@ -115,7 +164,7 @@ impl Linear {
     }
 
     /// The weight in T.
-    fn half_weight(&self, cx: &Cx<'_>) -> Result<View, CudaError> {
+    pub(crate) fn half_weight(&self, cx: &Cx<'_>) -> Result<View, CudaError> {
         match &self.weight {
             Weight::Half(view) => Ok(*view),
             Weight::Nf4(parts) => {
@@ -214,7 +263,8 @@ impl Linear {
     }
 
     /// From the gradient of `y` (rows contiguous) to that of `x` (left out if `dx` is `None`), and to those of the
-    /// factors, which are added to what is there. `x` is needed where [`Linear::needs_input`].
+    /// factors, which are added to what is there, or of weight and bias, which are overwritten. `x` is needed where
+    /// [`Linear::needs_input`].
     pub fn backward(
         &self,
         cx: &Cx<'_>,
@@ -248,6 +298,10 @@ impl Linear {
                     ..plain
                 },
             )?;
+        }
+        if self.gradients.is_some() {
+            let x = x.expect("a trained layer is given its input");
+            self.weight_backward(cx, dy, out, x, rows)?;
         }
         let Some(Factors {
             rank,

@@ -4,12 +4,13 @@
 //! * [`source`], [`linear`], [`network`]: weights and where they come from.
 //! * [`factors`]: the LoRA on the device.
 //! * [`joint`], [`double`], [`single`], [`pass`]: the schedule, forward and backward.
-//! * [`engine`]: a loaded model; [`train`] and [`sampler`]: its two uses.
+//! * [`engine`]: a loaded model; [`train`] and [`sampler`]: its two uses. * [`full`]: training of all weights.
 
 pub mod double;
 pub mod engine;
 pub mod error;
 pub mod factors;
+pub mod full;
 pub mod joint;
 pub mod linear;
 pub mod network;
@@ -26,6 +27,7 @@ pub mod train;
 pub use engine::{Engine, EngineOptions, VelocityInput};
 pub use error::ModelError;
 pub use factors::LoraFactors;
+pub use full::{FullOptions, FullReport, FullState, FullTrainer};
 pub use network::WeightForm;
 pub use sampler::SamplerInput;
 pub use sizes::{Shape, Sizes};

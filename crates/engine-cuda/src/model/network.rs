@@ -10,7 +10,7 @@ use crate::half_type::Half;
 use crate::model::error::ModelError;
 use crate::model::linear::{Linear, Nf4Part, Part, Weight};
 use crate::model::sizes::Sizes;
-use crate::model::source::{Tensor, WeightSource};
+use crate::model::source::{NormalWeights, Tensor, WeightSource};
 use crate::ops::elementwise;
 use crate::ops::nf4::{self, Absmax, Source};
 use crate::stream::{Buffer, Stream};
@@ -48,6 +48,8 @@ pub struct DoubleStream {
     pub down: Linear,
     /// T `[dh]` each: norms of queries and keys.
     pub norms: [View; 2],
+    /// `f32 [dh]` each: where their gradients go, if the weights are trained.
+    pub norm_gradients: Option<[View; 2]>,
 }
 
 /// A double block: text and image.
@@ -68,6 +70,8 @@ pub struct SingleWeights {
     pub output: Linear,
     /// T `[dh]` each: norms of queries and keys.
     pub norms: [View; 2],
+    /// `f32 [dh]` each: where their gradients go, if the weights are trained.
+    pub norm_gradients: Option<[View; 2]>,
 }
 
 /// Two layers with SiLU between them.
@@ -273,6 +277,24 @@ pub fn load(
     Ok(LoadedNetwork { network, slab })
 }
 
+/// Where all weights lie in 16 bits; none is loaded.
+///
+/// # Errors
+///
+/// None: nothing is done on a device.
+pub(crate) fn arrange(arena: &Arena, sizes: &Sizes, t: Half) -> Result<Network, CudaError> {
+    Loader {
+        stream: &Stream::dry(),
+        arena,
+        source: &NormalWeights { std: 0.0 },
+        sizes,
+        t,
+        form: WeightForm::Half,
+        staging: None,
+    }
+    .network()
+}
+
 impl Loader<'_> {
     fn network(&self) -> Result<Network, CudaError> {
         let Sizes { config, d, mlp, .. } = self.sizes;
@@ -320,6 +342,7 @@ impl Loader<'_> {
                 up: one(format!("{block}.{ff}.net.0.proj"), d, mlp)?,
                 down: one(format!("{block}.{ff}.net.2"), mlp, d)?,
                 norms: [q?, k?],
+                norm_gradients: None,
             })
         };
         Ok(DoubleWeights {
@@ -358,6 +381,7 @@ impl Loader<'_> {
                 self.norm(&format!("{block}.attn.norm_q"))?,
                 self.norm(&format!("{block}.attn.norm_k"))?,
             ],
+            norm_gradients: None,
         })
     }
 
@@ -408,6 +432,7 @@ impl Loader<'_> {
             weight,
             bias,
             factors: None,
+            gradients: None,
         })
     }
 

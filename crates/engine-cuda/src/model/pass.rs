@@ -53,24 +53,44 @@ impl Network {
         elementwise::add(cx.stream, cx.t, temb, part, rows * d)?;
         elementwise::silu(cx.stream, cx.t, temb, temb, rows * d)?;
 
+        self.modulations_of(cx, out, temb, rows)?;
+        cx.arena.release(mark);
+        Ok(())
+    }
+
+    /// The layers that give modulation vectors, and at which element of a sample theirs begin.
+    pub(crate) fn modulation_layers(&self) -> Vec<(&Linear, usize)> {
+        let sizes = &self.sizes;
+        let double = self.double.iter().enumerate().flat_map(|(i, block)| {
+            let streams = block.streams.iter().enumerate();
+            streams.map(move |(s, weights)| {
+                let offset = sizes.double_modulation(i) + 6 * s * sizes.d;
+                (&weights.norm, offset)
+            })
+        });
+        let single = self.single.iter().enumerate();
+        let single = single.map(|(i, block)| (&block.norm, sizes.single_modulation(i)));
+        double
+            .chain(single)
+            .chain([(&self.norm_out, sizes.out_modulation())])
+            .collect()
+    }
+
+    /// Modulation vectors of all blocks from what SiLU made of the conditions' sum, T `[rows, d]`.
+    pub(crate) fn modulations_of(
+        &self,
+        cx: &Cx<'_>,
+        out: View,
+        active: View,
+        rows: usize,
+    ) -> Result<(), CudaError> {
         let stride = self.sizes.modulation_width();
-        let one = |linear: &Linear, offset: usize| -> Result<(), CudaError> {
+        for (linear, offset) in self.modulation_layers() {
             let mark = cx.arena.mark();
             let inner = linear.keep(cx, rows);
-            linear.forward(cx, out.elements_from(offset), stride, temb, rows, inner)?;
+            linear.forward(cx, out.elements_from(offset), stride, active, rows, inner)?;
             cx.arena.release(mark);
-            Ok(())
-        };
-        for (i, block) in self.double.iter().enumerate() {
-            for (s, weights) in block.streams.iter().enumerate() {
-                one(&weights.norm, self.sizes.double_modulation(i) + 6 * s * d)?;
-            }
         }
-        for (i, block) in self.single.iter().enumerate() {
-            one(&block.norm, self.sizes.single_modulation(i))?;
-        }
-        one(&self.norm_out, self.sizes.out_modulation())?;
-        cx.arena.release(mark);
         Ok(())
     }
 
@@ -141,6 +161,14 @@ pub struct Kept {
     /// Gradients of the joined tokens and of its two streams.
     gradient: View,
     gradients: [View; 2],
+    head: Option<AllOfHead>,
+}
+
+/// What the last norm keeps where all weights are trained.
+#[derive(Clone, Copy)]
+struct AllOfHead {
+    normed: View,
+    stats: View,
 }
 
 impl Pass<'_> {
@@ -182,7 +210,7 @@ impl Pass<'_> {
             cx.arena.release(mark);
         }
         let inner = network.proj_out.keep(cx, joint.shape.rows(1));
-        self.head(cx, velocity, joined, inner)?;
+        self.head(cx, velocity, joined, inner, None)?;
         cx.arena.release(mark);
         Ok(())
     }
@@ -194,11 +222,12 @@ impl Pass<'_> {
         velocity: View,
         joined: View,
         inner: Option<View>,
+        all: Option<AllOfHead>,
     ) -> Result<(), CudaError> {
         let rows = self.joint.shape.rows(1);
         let channels = self.joint.sizes.config.velocity_channels();
         let mark = cx.arena.mark();
-        let normed = self.head_norm(cx, joined)?;
+        let normed = self.head_norm(cx, joined, all)?;
         self.network
             .proj_out
             .forward(cx, velocity, channels, normed, rows, inner)?;
@@ -206,18 +235,23 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn head_norm(&self, cx: &Cx<'_>, joined: View) -> Result<View, CudaError> {
+    fn head_norm(
+        &self,
+        cx: &Cx<'_>,
+        joined: View,
+        all: Option<AllOfHead>,
+    ) -> Result<View, CudaError> {
         let (joint, d) = (&self.joint, self.joint.sizes.d);
         let rows = joint.shape.rows(1);
         // The last norm's layer gives the scale before the shift.
         let [scale, shift] = self.modulations.vectors(joint.sizes.out_modulation(), d);
         let image = joint.part(cx, joined, 1)?;
-        let normed = cx.half(rows * d);
+        let normed = all.map_or_else(|| cx.half(rows * d), |all| all.normed);
         norm::ln_modulate(
             cx.stream,
             cx.t,
             normed,
-            None,
+            all.map(|all| all.stats),
             image,
             shift,
             scale,
@@ -273,6 +307,7 @@ impl Pass<'_> {
             marks: Vec::new(),
             gradient,
             gradients,
+            head: None,
         };
         for (i, (block, &recompute)) in network.double.iter().zip(recompute_double).enumerate() {
             kept.marks.push(cx.arena.mark());
@@ -317,11 +352,19 @@ impl Pass<'_> {
             joined = out;
         }
         kept.single_inputs.push(joined);
-        self.head(cx, velocity, joined, last)?;
+        kept.head = network.proj_out.gradients.map(|_| {
+            let rows = joint.shape.rows(1);
+            AllOfHead {
+                normed: cx.half(rows * d),
+                stats: cx.f32(2 * rows),
+            }
+        });
+        self.head(cx, velocity, joined, last, kept.head)?;
         Ok(kept)
     }
 
-    /// From the velocity's gradient to those of all factors, which are added to what is there.
+    /// From the velocity's gradient to those of all factors, which are added to what is there, or of weights and
+    /// modulations, which are overwritten.
     pub fn backward(&self, cx: &Cx<'_>, dvelocity: View, mut kept: Kept) -> Result<(), CudaError> {
         let (joint, network) = (&self.joint, self.network);
         self.head_backward(cx, dvelocity, &kept)?;
@@ -397,13 +440,22 @@ impl Pass<'_> {
         let mark = cx.arena.mark();
         let dnormed = cx.half(rows * d);
         let proj_out = &self.network.proj_out;
-        let normed = match proj_out.needs_input() {
-            true => Some(self.head_norm(cx, joined)?),
-            false => None,
+        let normed = match (kept.head, proj_out.needs_input()) {
+            (Some(all), _) => Some(all.normed),
+            (None, true) => Some(self.head_norm(cx, joined, None)?),
+            (None, false) => None,
         };
         proj_out.backward(cx, Some(dnormed), dvelocity, normed, rows, kept.inner[2])?;
         let image = joint.part(cx, joined, 1)?;
         let [scale, _] = self.modulations.vectors(joint.sizes.out_modulation(), d);
+        if let Some(all) = kept.head {
+            // The scale comes first.
+            let offset = joint.sizes.out_modulation();
+            let places = [offset + d, offset];
+            let samples = joint.samples(1);
+            self.modulations
+                .norm_backward(cx, places, dnormed, image, all.stats, samples)?;
+        }
         cx.stream.fill(kept.gradient, 0)?;
         norm::ln_modulate_backward(
             cx.stream,

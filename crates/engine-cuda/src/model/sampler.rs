@@ -224,6 +224,7 @@ impl Engine {
         let modulations = Modulations {
             view: places.modulations,
             stride: self.sizes.modulation_width(),
+            gradient: None,
         };
         let pass = self.pass(batch, modulations);
         pass.forward(cx, velocity, [places.text, places.model_input])?;

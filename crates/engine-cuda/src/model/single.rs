@@ -1,7 +1,7 @@
 //! A single block, forward and backward: text and image as one sequence, attention and MLP side by side.
 //!
 //! Kept from forward to backward, per token: the input product (7d: queries, keys and values before the head norms,
-//! hidden values before GELU) and attention's output (d).
+//! hidden values before GELU) and attention's output (d). Where all weights are trained, everything else is kept too.
 //!
 //! Source: `FluxSingleTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
@@ -10,7 +10,7 @@ use mmdit::config::NORM_EPSILON;
 use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::model::double::Modulations;
-use crate::model::joint::Joint;
+use crate::model::joint::{Joint, Qkv};
 use crate::model::linear::Cx;
 use crate::model::network::SingleWeights;
 use crate::ops::{elementwise, norm};
@@ -24,6 +24,21 @@ pub struct KeptSingle {
     sums: View,
     /// `x·Aᵀ` of input and output.
     inner: [Option<View>; 2],
+    all: Option<AllOfSingle>,
+}
+
+/// What is kept besides where all weights are trained: their gradients need it, and nothing is computed twice. Then
+/// attention writes beside the activated hidden values, and `o` has their stride.
+#[derive(Clone, Copy, Debug)]
+struct AllOfSingle {
+    /// The input product's input, and the norm's statistics, `f32 [rows, 2]`.
+    normed: View,
+    stats: View,
+    /// Queries, keys and values as attention reads them.
+    qkv: Qkv,
+    /// The output product's input and output.
+    both: View,
+    update: View,
 }
 
 impl SingleWeights {
@@ -31,12 +46,39 @@ impl SingleWeights {
     pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>) -> KeptSingle {
         let rows = joint.shape.all_rows();
         let products = cx.half(rows * self.input.out_features);
+        let inner = [&self.input, &self.output].map(|linear| linear.keep(cx, rows));
+        let d = joint.sizes.d;
+        if self.norm_gradients.is_some() {
+            let both = cx.half(rows * (d + joint.sizes.mlp));
+            return KeptSingle {
+                products,
+                o: both,
+                sums: cx.f32(rows * joint.sizes.h),
+                inner,
+                all: Some(AllOfSingle {
+                    normed: cx.half(rows * d),
+                    stats: cx.f32(2 * rows),
+                    qkv: joint.qkv(cx),
+                    both,
+                    update: cx.half(rows * d),
+                }),
+            };
+        }
         let (o, sums) = joint.output(cx);
         KeptSingle {
             products,
             o,
             sums,
-            inner: [&self.input, &self.output].map(|linear| linear.keep(cx, rows)),
+            inner,
+            all: None,
+        }
+    }
+
+    /// Elements from one row of attention's output to the next.
+    fn o_stride(joint: &Joint<'_>, kept: &KeptSingle) -> usize {
+        match kept.all {
+            Some(_) => joint.sizes.d + joint.sizes.mlp,
+            None => joint.sizes.d,
         }
     }
 
@@ -55,14 +97,18 @@ impl SingleWeights {
         let (rows, width) = (joint.shape.all_rows(), self.input.out_features);
         let [shift, scale, gate] = modulations.vectors::<3>(offset, d);
         let mark = cx.arena.mark();
-        let y = cx.half(rows * d);
-        self.normed(cx, joint, y, x, modulations, [shift, scale])?;
+        let y = kept
+            .all
+            .map_or_else(|| cx.half(rows * d), |all| all.update);
+        let normed = kept.all.map_or(y, |all| all.normed);
+        let stats = kept.all.map(|all| all.stats);
+        self.normed(cx, joint, (normed, stats), x, modulations, [shift, scale])?;
         self.input
-            .forward(cx, kept.products, width, y, rows, kept.inner[0])?;
+            .forward(cx, kept.products, width, normed, rows, kept.inner[0])?;
         let inside = cx.arena.mark();
-        let qkv = joint.qkv(cx);
+        let qkv = kept.all.map_or_else(|| joint.qkv(cx), |all| all.qkv);
         joint.split(cx, qkv, kept.products, self.norms, joint.whole(width))?;
-        joint.attend(cx, kept.o, d, kept.sums, qkv)?;
+        joint.attend(cx, kept.o, Self::o_stride(joint, kept), kept.sums, qkv)?;
         cx.arena.release(inside);
         if out.is_none() && !self.output.needs_input() {
             cx.arena.release(mark);
@@ -104,9 +150,15 @@ impl SingleWeights {
     ) -> Result<View, CudaError> {
         let (d, mlp) = (joint.sizes.d, joint.sizes.mlp);
         let (rows, width) = (joint.shape.all_rows(), self.input.out_features);
-        let both = cx.half(rows * (d + mlp));
-        cx.stream
-            .copy_rows(both, 2 * (d + mlp), kept.o, 2 * d, 2 * d, rows)?;
+        let both = match kept.all {
+            Some(all) => all.both,
+            None => {
+                let both = cx.half(rows * (d + mlp));
+                cx.stream
+                    .copy_rows(both, 2 * (d + mlp), kept.o, 2 * d, 2 * d, rows)?;
+                both
+            }
+        };
         elementwise::gelu_tanh(
             cx.stream,
             cx.t,
@@ -124,7 +176,7 @@ impl SingleWeights {
         &self,
         cx: &Cx<'_>,
         joint: &Joint<'_>,
-        out: View,
+        (out, stats): (View, Option<View>),
         x: View,
         modulations: &Modulations,
         [shift, scale]: [View; 2],
@@ -133,7 +185,7 @@ impl SingleWeights {
             cx.stream,
             cx.t,
             out,
-            None,
+            stats,
             x,
             shift,
             scale,
@@ -145,7 +197,8 @@ impl SingleWeights {
         )
     }
 
-    /// Turns `gradient` (of the output) into that of the input, and adds the factors' gradients.
+    /// Turns `gradient` (of the output) into that of the input, and adds the factors' gradients or writes those of
+    /// weights and modulations.
     ///
     /// Where `reaches_input` is false, nothing before the block is trained, and `gradient` is left undefined.
     #[allow(clippy::too_many_arguments)] // what the pass has at hand
@@ -167,6 +220,10 @@ impl SingleWeights {
         let dboth = cx.half(rows * (d + mlp));
         let inside = cx.arena.mark();
         let dy = cx.half(rows * d);
+        let samples = [joint.shape.b, joint.shape.tokens(), d];
+        if let Some(all) = kept.all {
+            modulations.gate_backward(cx, offset + 2 * d, gradient, all.update, samples)?;
+        }
         elementwise::gate_backward(
             cx.stream,
             cx.t,
@@ -178,9 +235,10 @@ impl SingleWeights {
             joint.shape.tokens(),
             d,
         )?;
-        let both = match self.output.needs_input() {
-            true => Some(self.side_by_side(cx, joint, kept)?),
-            false => None,
+        let both = match (kept.all, self.output.needs_input()) {
+            (Some(all), _) => Some(all.both),
+            (None, true) => Some(self.side_by_side(cx, joint, kept)?),
+            (None, false) => None,
         };
         self.output
             .backward(cx, Some(dboth), dy, both, rows, kept.inner[1])?;
@@ -198,24 +256,39 @@ impl SingleWeights {
             width,
         )?;
         let inside = cx.arena.mark();
-        let qkv = joint.qkv(cx);
-        joint.split(cx, qkv, kept.products, self.norms, joint.whole(width))?;
-        let dqkv = joint.qkv(cx);
-        joint.attend_backward(cx, dqkv, (dboth, d + mlp), (kept.o, d), kept.sums, qkv)?;
         let whole = joint.whole(width);
-        joint.split_backward(cx, dproducts, dqkv, kept.products, self.norms, whole)?;
+        let qkv = match kept.all {
+            Some(all) => all.qkv,
+            None => {
+                let qkv = joint.qkv(cx);
+                joint.split(cx, qkv, kept.products, self.norms, whole)?;
+                qkv
+            }
+        };
+        let dqkv = joint.qkv(cx);
+        let o = (kept.o, Self::o_stride(joint, kept));
+        joint.attend_backward(cx, dqkv, (dboth, d + mlp), o, kept.sums, qkv)?;
+        let (norms, norm_gradients) = (self.norms, self.norm_gradients);
+        let products = kept.products;
+        joint.split_backward(cx, dproducts, dqkv, products, norms, norm_gradients, whole)?;
         cx.arena.release(inside);
-        let normed = match self.input.needs_input() {
-            true => {
+        let normed = match (kept.all, self.input.needs_input()) {
+            (Some(all), _) => Some(all.normed),
+            (None, true) => {
                 let normed = cx.half(rows * d);
-                self.normed(cx, joint, normed, x, modulations, [shift, scale])?;
+                let shifts = [shift, scale];
+                self.normed(cx, joint, (normed, None), x, modulations, shifts)?;
                 Some(normed)
             }
-            false => None,
+            (None, false) => None,
         };
         let dnormed = reaches_input.then(|| cx.half(rows * d));
         self.input
             .backward(cx, dnormed, dproducts, normed, rows, kept.inner[0])?;
+        if let (Some(all), Some(dnormed)) = (kept.all, dnormed) {
+            let places = [offset, offset + d];
+            modulations.norm_backward(cx, places, dnormed, x, all.stats, samples)?;
+        }
         if let Some(dnormed) = dnormed {
             norm::ln_modulate_backward(
                 cx.stream,
@@ -223,7 +296,7 @@ impl SingleWeights {
                 gradient,
                 dnormed,
                 x,
-                None,
+                kept.all.map(|all| all.stats),
                 scale,
                 modulations.stride,
                 rows,

@@ -234,6 +234,32 @@ pub fn silu(s: &Stream, t: Half, out: View, x: View, n: usize) -> Result<(), Cud
     unsafe { launch_flat(s, t, "silu", n, args) }
 }
 
+/// `dx = dy·silu′(x)`, `n` elements of T. `dx` may be `dy`.
+///
+/// # Errors
+///
+/// If the launch fails.
+///
+/// # Panics
+///
+/// As [`silu`].
+pub fn silu_backward(
+    s: &Stream,
+    t: Half,
+    dx: View,
+    dy: View,
+    x: View,
+    n: usize,
+) -> Result<(), CudaError> {
+    let args = Args::new()
+        .ptr(vectors(dx, n, 2, "the gradient of SiLU's input"))
+        .ptr(vectors(dy, n, 2, "the gradient of SiLU"))
+        .ptr(vectors(x, n, 2, "SiLU's input"))
+        .i64(n as i64);
+    // SAFETY: the kernel's arguments; every view was compared with the sizes.
+    unsafe { launch_flat(s, t, "silu_backward", n, args) }
+}
+
 /// `a += b`, `n` elements of T.
 ///
 /// # Errors

@@ -2,6 +2,8 @@
 
 pub mod attention;
 pub mod attention_any;
+pub mod average;
+pub mod draw;
 pub mod elementwise;
 mod extent;
 pub mod lora;
@@ -10,3 +12,4 @@ pub mod nf4;
 pub mod norm;
 pub mod optimizer;
 pub mod rope;
+pub mod sums;

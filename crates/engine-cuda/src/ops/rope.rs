@@ -12,6 +12,7 @@ use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::kernels::{Args, Launch, Module};
 use crate::ops::extent::{blocks, elements, strided, vectors};
+use crate::ops::sums;
 use crate::stream::Stream;
 use crate::view::View;
 
@@ -22,6 +23,11 @@ static ROPE: Module = Module {
 
 /// `ROPE_THREADS` of the kernels.
 const THREADS: u32 = 128;
+
+/// `SUM_THREADS` of the kernels that sum up the weights' gradients, and the most blocks of them: four for each of 132
+/// multiprocessors.
+const SUM_THREADS: u32 = 256;
+const SUM_BLOCKS: usize = 528;
 
 /// The widest head: `PAIRS` of the kernels is 4, for each of 32 lanes.
 const MAX_HEAD_WIDTH: usize = 256;
@@ -216,4 +222,77 @@ pub fn qk_norm_rope_backward(
         .ptr(shape.table(cos))
         .ptr(shape.table(sin));
     shape.launch(s, t, "qk_norm_rope_backward", fast, args, eps)
+}
+
+/// Numbers of scratch (f32) for [`qk_norm_rope_backward_sums`].
+pub fn sums_len(shape: &HeadShape) -> usize {
+    2 * sum_blocks(shape) * shape.dh
+}
+
+/// Each of a block's eight warps has at least four heads' rows.
+fn sum_blocks(shape: &HeadShape) -> usize {
+    (shape.b * shape.n * shape.h).div_ceil(32).clamp(1, SUM_BLOCKS)
+}
+
+/// [`qk_norm_rope_backward`], and the gradients of both norms' weights: `dwq`, `dwk`, f32 `[dh]`, are overwritten.
+///
+/// `partials` are [`sums_len`] f32 of scratch. The order of summation depends on the sizes alone.
+///
+/// # Errors
+///
+/// If a launch fails.
+///
+/// # Panics
+///
+/// As [`qk_norm_rope`].
+pub fn qk_norm_rope_backward_sums(
+    s: &Stream,
+    t: Half,
+    dqkv: View,
+    [dwq, dwk]: [View; 2],
+    [dq, dk, dv]: [View; 3],
+    qkv_in: View,
+    [wq, wk]: [View; 2],
+    cos: View,
+    sin: View,
+    partials: View,
+    shape: HeadShape,
+    eps: f32,
+) -> Result<(), CudaError> {
+    shape.check();
+    let fast = shape.is_fast(&[dqkv, dq, dk, dv, qkv_in, wq, wk]);
+    let partials = vectors(partials, sums_len(&shape), 4, "partial sums");
+    let args = Args::new()
+        .ptr(shape.fused(dqkv, "gradients of queries, keys and values"))
+        .ptr(partials)
+        .ptr(shape.joined(dq, "gradients of queries"))
+        .ptr(shape.joined(dk, "gradients of keys"))
+        .ptr(shape.joined(dv, "gradients of values"))
+        .ptr(shape.fused(qkv_in, "queries, keys and values"))
+        .ptr(shape.weight(wq))
+        .ptr(shape.weight(wk))
+        .ptr(shape.table(cos))
+        .ptr(shape.table(sin))
+        .i32(shape.b * shape.n)
+        .i32(shape.n)
+        .i32(shape.n_total)
+        .i32(shape.token_offset)
+        .i32(shape.h);
+    let (kernel, args) = match fast {
+        true => (format!("qk_norm_rope_backward_sums_{}", shape.dh), args),
+        false => (
+            "qk_norm_rope_backward_sums_any".to_owned(),
+            args.i32(shape.dh),
+        ),
+    };
+    let args = args.i32(shape.in_stride).i32(shape.out_stride).f32(eps);
+    let parts = sum_blocks(&shape);
+    let launch = Launch {
+        grid: [blocks(parts), 1, 1],
+        block: [SUM_THREADS, 1, 1],
+        shared_bytes: 0,
+    };
+    // SAFETY: the kernel's arguments; every view was compared with the sizes.
+    unsafe { s.launch(&ROPE, &[t.define()], &kernel, launch, args)? };
+    sums::finish_pair(s, t, [dwq, dwk], partials, parts, shape.dh)
 }
