@@ -182,10 +182,14 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
     let rows = launch.grid[0] as usize;
     match kernel {
         "ln_modulate" => {
-            let (out, _, x, shift, scale) = (r.t(), r.word(), r.t(), r.t(), r.t());
+            let (out, kept, x, shift, scale) = (r.t(), r.floats(), r.t(), r.t(), r.t());
             let (stride, _, tokens, d, eps) = (r.int(), r.int(), r.int(), r.int(), r.f32());
             for row in 0..rows {
                 let (mean, inverse) = stats(x, row * d, d, eps);
+                if kept.0 != 0 {
+                    kept.set(2 * row, mean);
+                    kept.set(2 * row + 1, inverse);
+                }
                 for i in 0..d {
                     let m = row / tokens * stride + i;
                     let n = (x.get(row * d + i) - mean) * inverse;
@@ -253,6 +257,58 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
             let (out, x, n) = (r.t(), r.t(), r.int());
             (0..n).for_each(|i| out.set(i, x.get(i) / (1.0 + (-x.get(i)).exp())));
         }
+        "silu_backward" => {
+            let (dx, dy, x, n) = (r.t(), r.t(), r.t(), r.int());
+            for i in 0..n {
+                let sigmoid = 1.0 / (1.0 + (-x.get(i)).exp());
+                let slope = sigmoid * (1.0 + x.get(i) * (1.0 - sigmoid));
+                dx.set(i, dy.get(i) * slope);
+            }
+        }
+        "column_sums" | "product_sums" | "norm_sums" => sums(&mut r, kernel, rows),
+        "finish_sums_half" | "finish_sums_f32" => {
+            let (out, partials) = ([r.word(), r.word()], r.floats());
+            let (splits, columns, stride) = (r.int(), r.int(), r.int());
+            let [_, segments, outputs] = launch.grid.map(|size| size as usize);
+            for (segment, o) in (0..segments).flat_map(|i| (0..outputs).map(move |o| (i, o))) {
+                for column in 0..columns {
+                    let at = |split| ((segment * splits + split) * outputs + o) * columns + column;
+                    let sum: f32 = (0..splits).map(|split| partials.get(at(split))).sum();
+                    let place = segment * stride + column;
+                    match kernel {
+                        "finish_sums_f32" => Floats(out[o]).set(place, sum),
+                        _ => Elements { address: out[o], t }.set(place, sum),
+                    }
+                }
+            }
+        }
+        "draw" => draw(&mut r),
+        "gather_rows" => {
+            let (out, table, places, width) = (r.t(), r.t(), r.word(), r.int());
+            for i in 0..rows * width {
+                let row = u32_at(places, i / width) as usize;
+                out.set(i, table.get(row * width + i % width));
+            }
+        }
+        "sum_squares" => {
+            // Each block's part is an f64 on the device; here the first holds everything.
+            let (partials, g, n, unscale) = (r.floats(), r.floats(), r.int(), r.f32());
+            let squares = (0..n).map(|i| f64::from(g.get(i) * unscale).powi(2));
+            partials.set(0, squares.sum::<f64>() as f32);
+        }
+        "finish_norm" => {
+            let (norm, partials) = (r.floats(), r.floats());
+            norm.set(0, partials.get(0).sqrt());
+        }
+        "clip_factor" => {
+            let (factor, flag, norm) = (r.floats(), r.floats(), r.floats());
+            let (most, unscale) = (r.f32(), r.f32());
+            let clipped = (most / (norm.get(0) + 1e-6)).min(1.0) * unscale;
+            let finite = norm.get(0).is_finite();
+            factor.set(0, if finite { clipped } else { 0.0 });
+            flag.set(0, f32::from_bits(u32::from(!finite)));
+        }
+        "adamw_average" => adamw_average(&mut r),
         "add" => {
             let (a, b, n) = (r.t(), r.t(), r.int());
             (0..n).for_each(|i| a.set(i, a.get(i) + b.get(i)));
@@ -334,11 +390,155 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
         }
         "qk_norm_rope_any" => rope(&mut r, rows, false),
         "qk_norm_rope_backward_any" => rope(&mut r, rows, true),
+        "qk_norm_rope_backward_sums_any" => rope_sums(&mut r, rows),
         "attention_any_forward" => attention_forward(&mut r, launch),
         "attention_any_backward_q" => attention_backward(&mut r, launch, true),
         "attention_any_backward_kv" => attention_backward(&mut r, launch, false),
         other => panic!("no plain form of `{other}`"),
     }
+}
+
+fn u32_at(address: u64, i: usize) -> u32 {
+    Floats(address).get(i).to_bits()
+}
+
+/// Parts of sums over rows.
+fn sums(r: &mut Reader<'_>, kernel: &str, blocks: usize) {
+    let partials = r.floats();
+    let a = r.t();
+    let (b, stats, stride) = match kernel {
+        "column_sums" => (None, None, Some(r.int())),
+        "product_sums" => (Some(r.t()), None, None),
+        _ => (Some(r.t()), Some(r.floats()), None),
+    };
+    let (rows, columns, splits) = (r.int(), r.int(), r.int());
+    let stride = stride.unwrap_or(columns);
+    let outputs = 1 + usize::from(stats.is_some());
+    for (block, column) in (0..blocks).flat_map(|b| (0..columns).map(move |c| (b, c))) {
+        let (segment, split) = (block / splits, block % splits);
+        let mut totals = [0.0; 2];
+        for row in rows * split / splits..rows * (split + 1) / splits {
+            let row = segment * rows + row;
+            let x = a.get(row * stride + column);
+            match (b, stats) {
+                (Some(b), Some(stats)) => {
+                    let centred = b.get(row * stride + column) - stats.get(2 * row);
+                    totals[0] += x;
+                    totals[1] += x * centred * stats.get(2 * row + 1);
+                }
+                (Some(b), None) => totals[0] += x * b.get(row * stride + column),
+                _ => totals[0] += x,
+            }
+        }
+        for (o, total) in totals.into_iter().enumerate().take(outputs) {
+            partials.set((block * outputs + o) * columns + column, total);
+        }
+    }
+}
+
+fn draw(r: &mut Reader<'_>) {
+    let (x_t, target, mean, deviation) = (r.t(), r.floats(), r.floats(), r.floats());
+    let (pictures, sigma, seed) = (r.word(), r.floats(), r.word());
+    let (b, c, h, w) = (r.int(), r.int(), r.int(), r.int());
+    let seed = u64::from(u32_at(seed, 0)) | u64::from(u32_at(seed, 1)) << 32;
+    let draws = |purpose| crate::ops::draw::normals(seed, purpose, b * c * h * w);
+    let posterior = draws(crate::ops::draw::Purpose::Posterior);
+    let noise = draws(crate::ops::draw::Purpose::Noise);
+    let mut i = 0;
+    for sample in 0..b {
+        let picture = u32_at(pictures, sample) as usize;
+        for (row, column) in (0..h)
+            .step_by(2)
+            .flat_map(|r| (0..w).step_by(2).map(move |c| (r, c)))
+        {
+            for (channel, k) in (0..c).flat_map(|channel| (0..4).map(move |k| (channel, k))) {
+                let at = ((picture * c + channel) * h + row + k / 2) * w + column + k % 2;
+                let x = deviation.get(at) * posterior[i] + mean.get(at);
+                let s = sigma.get(sample);
+                x_t.set(i, (1.0 - s) * x + s * noise[i]);
+                target.set(i, noise[i] - x);
+                i += 1;
+            }
+        }
+    }
+}
+
+fn adamw_average(r: &mut Reader<'_>) {
+    let [values, first, second, averaged] = std::array::from_fn(|_| r.floats());
+    let (shadow, gradients, factor) = (r.t(), r.floats(), r.floats());
+    let (flag, numbers, n) = (r.word(), r.floats(), r.int());
+    if u32_at(flag, 0) != 0 {
+        return;
+    }
+    let [
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        correction2,
+        epsilon,
+        rate,
+        kept,
+        decay,
+        rest,
+    ] = std::array::from_fn(|i| numbers.get(i));
+    for i in 0..n {
+        let g = gradients.get(i) * factor.get(0);
+        let m = first.get(i) * beta1 + g * rest1;
+        let v = second.get(i) * beta2 + g * g * rest2;
+        let p = values.get(i) * kept - m / ((v / correction2).sqrt() + epsilon) * rate;
+        first.set(i, m);
+        second.set(i, v);
+        values.set(i, p);
+        averaged.set(i, averaged.get(i) * decay + p * rest);
+        shadow.set(i, p);
+    }
+}
+
+/// [`rope`] going back, and the sums for the norms' weights: all in the first block's part.
+fn rope_sums(r: &mut Reader<'_>, blocks: usize) {
+    let words: Vec<u64> = r.words.as_slice().to_vec();
+    let t = r.t;
+    let (partials, dh) = (Floats(words[1]), words[15] as usize);
+    let (rows, heads) = (words[10] as usize, words[14] as usize);
+    let (n, n_total, offset) = (words[11] as usize, words[12] as usize, words[13] as usize);
+    let (in_stride, out_stride) = (words[16] as usize, words[17] as usize);
+    let eps = f32::from_bits(words[18] as u32);
+    (0..2 * blocks * dh).for_each(|i| partials.set(i, 0.0));
+    let at = |i: usize| Elements {
+        address: words[i],
+        t,
+    };
+    let (cos, sin, input) = (Floats(words[8]), Floats(words[9]), at(5));
+    for row in 0..rows {
+        let position = offset + row % n;
+        let out_row = (row / n * n_total + position) * out_stride;
+        for (part, head) in (0..2).flat_map(|part| (0..heads).map(move |head| (part, head))) {
+            let x_at = row * in_stride + part * heads * dh + head * dh;
+            let square = (0..dh).map(|i| input.get(x_at + i).powi(2)).sum::<f32>() / dh as f32;
+            let inverse = (square + eps).sqrt().recip();
+            let gradient = at(2 + part);
+            for i in 0..dh {
+                let g = |i: usize| gradient.get(out_row + head * dh + i);
+                let (c, s) = (cos.get(position * dh + i), sin.get(position * dh + i));
+                let turned = match i % 2 {
+                    0 => g(i) * c + g(i + 1) * s,
+                    _ => g(i) * c - g(i - 1) * s,
+                };
+                let place = part * dh + i;
+                let sum = partials.get(place) + turned * input.get(x_at + i) * inverse;
+                partials.set(place, sum);
+            }
+        }
+    }
+    let mut plain: Vec<u64> = words.clone();
+    plain.remove(10);
+    plain.remove(1);
+    let mut reader = Reader {
+        words: plain.iter(),
+        t,
+    };
+    rope(&mut reader, rows, true);
 }
 
 fn rope(r: &mut Reader<'_>, rows: usize, backward: bool) {

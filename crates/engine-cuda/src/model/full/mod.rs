@@ -10,6 +10,8 @@
 
 mod conditions;
 mod layout;
+#[cfg(test)]
+mod tests;
 mod work;
 
 use mmdit::MmditConfig;
