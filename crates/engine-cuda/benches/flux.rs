@@ -1,7 +1,7 @@
 //! The figures of `cargo xtask bench flux --gpu` as a small program, for a machine that has a card and little else.
 //!
 //! ```text
-//! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: plan attention products nf4 bf16
+//! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: plan attention products nf4 bf16 full
 //!                                             (`plan` needs no GPU)
 //! ```
 

@@ -15,6 +15,10 @@ mod cases;
 mod elementwise;
 #[path = "gpu/fixtures.rs"]
 mod fixtures;
+#[path = "gpu/full.rs"]
+mod full;
+#[path = "gpu/full_kernels.rs"]
+mod full_kernels;
 #[path = "gpu/loss.rs"]
 mod loss;
 #[path = "gpu/network.rs"]
@@ -50,6 +54,7 @@ const SECTIONS: &[Section] = &[
     ("nf4", nf4::run),
     ("optimizer", optimizer::run),
     ("network", |_, report| network::run(report)),
+    ("full", full::run),
 ];
 
 /// What the command line asks for.

@@ -1,9 +1,11 @@
-//! FLUX.1-dev's shapes on random weights: steps of training and sampling, attention, products, by time and memory.
+//! FLUX.1-dev's shapes on random weights: steps of training and sampling, attention, products, by time and memory; and
+//! training of all weights at the small base's.
 //!
 //! Weights are N(0, 0.02), made on the device: speed and memory only. Times are medians; each is taken after the work
 //! ran three times (by launches, recorded, replayed). `step` is what a training step of one batch costs with everything:
 //! copying the batch to the device, forward, backward, clipping, AdamW.
 
+mod full;
 mod network;
 mod parts;
 
@@ -24,7 +26,7 @@ type Outcome<V = ()> = Result<V, CudaError>;
 pub const PREDICTED: [&str; 1] = ["plan"];
 
 /// The sections that need one.
-pub const MEASURED: [&str; 4] = ["attention", "products", "nf4", "bf16"];
+pub const MEASURED: [&str; 5] = ["attention", "products", "nf4", "bf16", "full"];
 
 const TARGETS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 const TEXT: usize = 512;
@@ -113,6 +115,9 @@ pub fn measure(
         if wanted(name) {
             table.guarded(name, |table| network::model_rows(table, name, form));
         }
+    }
+    if wanted("full") {
+        table.guarded("full", full::rows);
     }
     Ok(table.rows)
 }

@@ -212,10 +212,18 @@ impl DoubleWeights {
             let normed = all.map_or(y, |all| all.normed[1]);
             let stats = all.map(|all| all.stats[1]);
             let shifts = [shift_mlp, scale_mlp];
-            self.normed(cx, joint, s, normed, stats, kept_s.sum, modulations, &shifts)?;
+            self.normed(
+                cx,
+                joint,
+                s,
+                normed,
+                stats,
+                kept_s.sum,
+                modulations,
+                &shifts,
+            )?;
             let mlp = joint.sizes.mlp;
-            w.up
-                .forward(cx, kept_s.hidden, mlp, normed, rows, inner_up)?;
+            w.up.forward(cx, kept_s.hidden, mlp, normed, rows, inner_up)?;
             if out.is_none() && !w.down.needs_input() {
                 cx.arena.release(mark);
                 continue;

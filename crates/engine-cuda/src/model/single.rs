@@ -97,9 +97,7 @@ impl SingleWeights {
         let (rows, width) = (joint.shape.all_rows(), self.input.out_features);
         let [shift, scale, gate] = modulations.vectors::<3>(offset, d);
         let mark = cx.arena.mark();
-        let y = kept
-            .all
-            .map_or_else(|| cx.half(rows * d), |all| all.update);
+        let y = kept.all.map_or_else(|| cx.half(rows * d), |all| all.update);
         let normed = kept.all.map_or(y, |all| all.normed);
         let stats = kept.all.map(|all| all.stats);
         self.normed(cx, joint, (normed, stats), x, modulations, [shift, scale])?;

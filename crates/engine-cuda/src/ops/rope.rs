@@ -231,7 +231,9 @@ pub fn sums_len(shape: &HeadShape) -> usize {
 
 /// Each of a block's eight warps has at least four heads' rows.
 fn sum_blocks(shape: &HeadShape) -> usize {
-    (shape.b * shape.n * shape.h).div_ceil(32).clamp(1, SUM_BLOCKS)
+    (shape.b * shape.n * shape.h)
+        .div_ceil(32)
+        .clamp(1, SUM_BLOCKS)
 }
 
 /// [`qk_norm_rope_backward`], and the gradients of both norms' weights: `dwq`, `dwk`, f32 `[dh]`, are overwritten.

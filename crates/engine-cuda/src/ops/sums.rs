@@ -223,15 +223,7 @@ pub fn products(
         .ptr(vectors(a, n, 2, "a factor"))
         .ptr(vectors(b, n, 2, "a factor"));
     sizes.sum(s, t, "product_sums", args)?;
-    sizes.finish(
-        s,
-        t,
-        "finish_sums_half",
-        [out; 2],
-        out_stride,
-        2,
-        partials,
-    )
+    sizes.finish(s, t, "finish_sums_half", [out; 2], out_stride, 2, partials)
 }
 
 /// Gradients of a modulated norm's shift, `Σ_tokens dy`, and scale, `Σ_tokens dy·(x − μ)/σ`, for each sample: T

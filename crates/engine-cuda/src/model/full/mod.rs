@@ -447,10 +447,7 @@ impl FullTrainer {
     /// # Errors
     ///
     /// If the copy fails.
-    pub fn weights(
-        &mut self,
-        averaged: bool,
-    ) -> Result<Vec<(ParameterSpec, Vec<f32>)>, CudaError> {
+    pub fn weights(&mut self, averaged: bool) -> Result<Vec<(ParameterSpec, Vec<f32>)>, CudaError> {
         let state = &self.places.state;
         let flat = self.download(match averaged {
             true => state.averaged,

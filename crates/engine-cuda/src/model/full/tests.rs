@@ -54,10 +54,9 @@ fn initial(spec: &ParameterSpec) -> Vec<f32> {
     let count = spec.num_elements() as usize;
     let values = match spec.shape.as_slice() {
         [_, inputs] => numbers(seed, count, (3.0 / *inputs as f32).sqrt()),
-        _ if spec.name.contains(".norm_") => numbers(seed, count, 0.2)
-            .iter()
-            .map(|v| 1.0 + v)
-            .collect(),
+        _ if spec.name.contains(".norm_") => {
+            numbers(seed, count, 0.2).iter().map(|v| 1.0 + v).collect()
+        }
         _ => numbers(seed, count, 0.1),
     };
     T.to_f32(&T.from_f32(&values))
@@ -95,8 +94,8 @@ fn tables(config: &MmditConfig) -> [Vec<f32>; 4] {
 fn trainer(guidance_embeds: bool) -> FullTrainer {
     let config = config(guidance_embeds);
     let options = options(guidance_embeds);
-    let mut trainer = FullTrainer::new(Stream::host(), &config, &mut initial, options)
-        .expect("there is memory");
+    let mut trainer =
+        FullTrainer::new(Stream::host(), &config, &mut initial, options).expect("there is memory");
     trainer.use_graphs(false);
     let [mean, deviation, states, pooled] = tables(&config);
     trainer
@@ -187,7 +186,11 @@ fn distance(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 fn all(tensors: &[(ParameterSpec, Vec<f32>)]) -> Vec<f32> {
-    tensors.iter().flat_map(|(_, values)| values).copied().collect()
+    tensors
+        .iter()
+        .flat_map(|(_, values)| values)
+        .copied()
+        .collect()
 }
 
 #[test]
