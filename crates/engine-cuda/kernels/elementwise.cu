@@ -52,24 +52,6 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     });
 }
 
-// 2√(2/π), and the cubic's factor.
-#define GELU_SLOPE 1.5957691216057308f
-#define GELU_CUBIC 0.044715f
-
-// x·sigmoid(2u), u = √(2/π)(x + 0.044715x³): the tanh form of GELU, with one exponential.
-static __device__ __forceinline__ float gelu(float x) {
-    const float twice_u = GELU_SLOPE * x * fmaf(GELU_CUBIC * x, x, 1.0f);
-    return __fdividef(x, 1.0f + __expf(-twice_u));
-}
-
-static __device__ __forceinline__ float gelu_slope(float x) {
-    // Beyond ±20 the slope is 1 or 0 to the last bit, and squares cannot overflow.
-    x = fminf(fmaxf(x, -20.0f), 20.0f);
-    const float square = x * x;
-    const float s = __fdividef(1.0f, 1.0f + __expf(-GELU_SLOPE * x * fmaf(GELU_CUBIC, square, 1.0f)));
-    return fmaf(x * s * (1.0f - s), GELU_SLOPE * fmaf(3.0f * GELU_CUBIC, square, 1.0f), s);
-}
-
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     gelu_tanh(T* out, const T* in, int columns, int out_stride, int in_stride) {
     const long long row = blockIdx.x;

@@ -181,9 +181,9 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
     };
     let rows = launch.grid[0] as usize;
     match kernel {
-        "ln_modulate" => {
+        "ln_modulate" | "norm_rows_1" => {
             let (out, kept, x, shift, scale) = (r.t(), r.floats(), r.t(), r.t(), r.t());
-            let (stride, _, tokens, d, eps) = (r.int(), r.int(), r.int(), r.int(), r.f32());
+            let (stride, rows, tokens, d, eps) = (r.int(), r.int(), r.int(), r.int(), r.f32());
             for row in 0..rows {
                 let (mean, inverse) = stats(x, row * d, d, eps);
                 if kept.0 != 0 {
@@ -217,10 +217,11 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
                 }
             }
         }
-        "gate_residual" => {
+        "gate_residual" | "gate_rows" => {
             let (out, residual, gate) = (r.t(), r.t(), r.t());
             let stride = r.int();
             let y = r.t();
+            let rows = if kernel == "gate_rows" { r.int() } else { rows };
             let (tokens, d) = (r.int(), r.int());
             for i in 0..rows * d {
                 let g = gate.get(i / d / tokens * stride + i % d);
@@ -268,9 +269,10 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
         "column_sums" | "product_sums" | "norm_sums" => sums(&mut r, kernel, rows),
         "finish_sums_half" | "finish_sums_f32" => {
             let (out, partials) = ([r.word(), r.word()], r.floats());
-            let (splits, columns, stride) = (r.int(), r.int(), r.int());
-            let [_, segments, outputs] = launch.grid.map(|size| size as usize);
-            for (segment, o) in (0..segments).flat_map(|i| (0..outputs).map(move |o| (i, o))) {
+            let (splits, columns) = (r.int(), r.int());
+            let (outputs, stride) = (r.int(), r.int());
+            let [_, segments, wanted] = launch.grid.map(|size| size as usize);
+            for (segment, o) in (0..segments).flat_map(|i| (0..wanted).map(move |o| (i, o))) {
                 for column in 0..columns {
                     let at = |split| ((segment * splits + split) * outputs + o) * columns + column;
                     let sum: f32 = (0..splits).map(|split| partials.get(at(split))).sum();
@@ -280,6 +282,20 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
                         _ => Elements { address: out[o], t }.set(place, sum),
                     }
                 }
+            }
+        }
+        "gate_backward_sums" => gate_backward_sums(&mut r, rows),
+        "gelu_backward_sums" => gelu_backward_sums(&mut r, rows),
+        "norm_backward_sums_1" => norm_backward_sums(&mut r, rows),
+        "finish_gated" => {
+            let (out, partials, gate, stride) = (r.floats(), r.floats(), r.t(), r.int());
+            let (segments, splits, columns) = (r.int(), r.int(), r.int());
+            for column in 0..columns {
+                let part = |i: usize| {
+                    let gate = gate.get(i / splits * stride + column);
+                    gate * partials.get((2 * i + 1) * columns + column)
+                };
+                out.set(column, (0..segments * splits).map(part).sum());
             }
         }
         "draw" => draw(&mut r),
@@ -432,6 +448,77 @@ fn sums(r: &mut Reader<'_>, kernel: &str, blocks: usize) {
         }
         for (o, total) in totals.into_iter().enumerate().take(outputs) {
             partials.set((block * outputs + o) * columns + column, total);
+        }
+    }
+}
+
+/// The rows of a block's part.
+fn part(block: usize, rows: usize, splits: usize) -> std::ops::Range<usize> {
+    let (segment, split) = (block / splits, block % splits);
+    let first = segment * rows;
+    first + rows * split / splits..first + rows * (split + 1) / splits
+}
+
+fn gate_backward_sums(r: &mut Reader<'_>, blocks: usize) {
+    let (partials, dy, dout, y) = (r.floats(), r.t(), r.t(), r.t());
+    let (gate, stride) = (r.t(), r.int());
+    let (rows, columns, splits) = (r.int(), r.int(), r.int());
+    for (block, column) in (0..blocks).flat_map(|b| (0..columns).map(move |c| (b, c))) {
+        let mut totals = [0.0; 2];
+        for row in part(block, rows, splits) {
+            let at = row * columns + column;
+            let g = dout.get(at);
+            totals[0] += g * y.get(at);
+            totals[1] += g;
+            dy.set(at, gate.get(block / splits * stride + column) * g);
+        }
+        for (o, total) in totals.into_iter().enumerate() {
+            partials.set((2 * block + o) * columns + column, total);
+        }
+    }
+}
+
+fn gelu_backward_sums(r: &mut Reader<'_>, blocks: usize) {
+    let (partials, dx, dy, x) = (r.floats(), r.t(), r.t(), r.t());
+    let [dx_stride, dy_stride, x_stride] = [r.int(), r.int(), r.int()];
+    let (rows, columns, splits) = (r.int(), r.int(), r.int());
+    for (block, column) in (0..blocks).flat_map(|b| (0..columns).map(move |c| (b, c))) {
+        let mut total = 0.0;
+        for row in part(block, rows, splits) {
+            let slope = gelu_slope(x.get(row * x_stride + column));
+            let gradient = dy.get(row * dy_stride + column) * slope;
+            total += gradient;
+            dx.set(row * dx_stride + column, gradient);
+        }
+        partials.set(block * columns + column, total);
+    }
+}
+
+fn norm_backward_sums(r: &mut Reader<'_>, blocks: usize) {
+    let (partials, dx, dy, x) = (r.floats(), r.t(), r.t(), r.t());
+    let (stats, scale, stride) = (r.floats(), r.t(), r.int());
+    let (accumulate, rows, d, splits) = (r.int() != 0, r.int(), r.int(), r.int());
+    for block in 0..blocks {
+        let mut totals = vec![0.0; 2 * d];
+        for row in part(block, rows, splits) {
+            let (mean, inverse) = (stats.get(2 * row), stats.get(2 * row + 1));
+            let n: Vec<f32> = (0..d)
+                .map(|i| (x.get(row * d + i) - mean) * inverse)
+                .collect();
+            let factor = |i: usize| 1.0 + scale.get(block / splits * stride + i);
+            let g: Vec<f32> = (0..d).map(|i| dy.get(row * d + i) * factor(i)).collect();
+            let mean_g = g.iter().sum::<f32>() / d as f32;
+            let mean_gn = g.iter().zip(&n).map(|(g, n)| g * n).sum::<f32>() / d as f32;
+            for i in 0..d {
+                totals[i] += dy.get(row * d + i);
+                totals[d + i] += dy.get(row * d + i) * n[i];
+                let before = if accumulate { dx.get(row * d + i) } else { 0.0 };
+                let gradient = (g[i] - mean_g - n[i] * mean_gn) * inverse;
+                dx.set(row * d + i, before + gradient);
+            }
+        }
+        for (i, total) in totals.into_iter().enumerate() {
+            partials.set(2 * block * d + i, total);
         }
     }
 }

@@ -145,3 +145,54 @@ fn one(table: &mut Table, line: &str, b: usize) -> Outcome {
     );
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dry() {
+        let b = 256;
+        let config = config();
+        let shape = Shape {
+            b,
+            text: 64,
+            latent_cells: [32, 32],
+        };
+        let options = FullOptions {
+            t: Half::Bf16,
+            shape,
+            beta1: 0.9,
+            beta2: 0.99,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            max_grad_norm: 1.0,
+            ema_decay: 0.999,
+            guidance: None,
+            loss_scale: 1.0,
+        };
+        let mut values = |spec: &tensor::ParameterSpec| vec![0.0; spec.num_elements() as usize];
+        let mut trainer =
+            FullTrainer::new(crate::Stream::dry(), &config, &mut values, options).expect("");
+        trainer
+            .set_latents(
+                &vec![0.0; ROWS * 16 * 1024],
+                &vec![0.0; ROWS * 16 * 1024],
+                ROWS,
+            )
+            .expect("");
+        trainer
+            .set_texts(&vec![0.0; ROWS * 64 * 64], &vec![0.0; ROWS * 32], ROWS)
+            .expect("");
+        for (w, t) in Work::ALL
+            .iter()
+            .zip(trainer.count_step(Rates::H100).expect(""))
+        {
+            println!("{w:?} {t:?}");
+        }
+        trainer
+            .step(&[0; 256], &[0; 256], &[0.5; 256], 0, 1e-3)
+            .expect("");
+        println!("allocated {}", trainer.stream().allocated_bytes());
+    }
+}

@@ -7,82 +7,15 @@
 //!
 //! Source: `FluxTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
-use mmdit::config::NORM_EPSILON;
-
 use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::model::joint::{Joint, Qkv};
 use crate::model::linear::Cx;
+use crate::model::modulations::Modulations;
 use crate::model::network::{DoubleStream, DoubleWeights};
 use crate::model::sizes::STREAMS;
-use crate::ops::{elementwise, norm, sums};
+use crate::ops::elementwise;
 use crate::view::View;
-
-/// Modulation vectors of all blocks: T `[b, stride]`.
-#[derive(Clone, Copy, Debug)]
-pub struct Modulations {
-    /// All of them.
-    pub view: View,
-    /// Elements from one sample to the next.
-    pub stride: usize,
-    /// Where their gradients go, as `view`, if they are wanted.
-    pub gradient: Option<View>,
-}
-
-impl Modulations {
-    /// `N` vectors of `d` elements, the first at element `offset` of a sample.
-    pub fn vectors<const N: usize>(&self, offset: usize, d: usize) -> [View; N] {
-        std::array::from_fn(|i| self.view.elements_from(offset + i * d))
-    }
-
-    /// Gradient of the gate at element `offset` of a sample, if it is wanted: of the gated sum's gradient `dout` and
-    /// of what was gated, `y`, both T `[rows, d]`.
-    pub(crate) fn gate_backward(
-        &self,
-        cx: &Cx<'_>,
-        offset: usize,
-        dout: View,
-        y: View,
-        [b, tokens, d]: [usize; 3],
-    ) -> Result<(), CudaError> {
-        let Some(gradient) = self.gradient else {
-            return Ok(());
-        };
-        let mark = cx.arena.mark();
-        let partials = cx.f32(sums::partials_len(b, tokens, d, 1));
-        let out = gradient.elements_from(offset);
-        let (s, t) = (cx.stream, cx.t);
-        sums::products(s, t, out, self.stride, dout, y, b, tokens, d, partials)?;
-        cx.arena.release(mark);
-        Ok(())
-    }
-
-    /// Gradients of shift and scale at these elements of a sample, if they are wanted: of the norm's gradient `dy`,
-    /// its input `x` and statistics.
-    #[allow(clippy::too_many_arguments)] // a kernel's
-    pub(crate) fn norm_backward(
-        &self,
-        cx: &Cx<'_>,
-        [shift, scale]: [usize; 2],
-        dy: View,
-        x: View,
-        stats: View,
-        [b, tokens, d]: [usize; 3],
-    ) -> Result<(), CudaError> {
-        let Some(gradient) = self.gradient else {
-            return Ok(());
-        };
-        let mark = cx.arena.mark();
-        let partials = cx.f32(sums::partials_len(b, tokens, d, 2));
-        let [shift, scale] = [shift, scale].map(|offset| gradient.elements_from(offset));
-        let (s, t, stride) = (cx.stream, cx.t, self.stride);
-        sums::norms(
-            s, t, shift, scale, stride, dy, x, stats, b, tokens, d, partials,
-        )?;
-        cx.arena.release(mark);
-        Ok(())
-    }
-}
 
 /// What a stream keeps.
 #[derive(Clone, Copy, Debug)]
@@ -166,7 +99,6 @@ impl DoubleWeights {
         (modulations, offset): (&Modulations, usize),
     ) -> Result<(), CudaError> {
         let d = joint.sizes.d;
-        let vectors = |s: usize| modulations.vectors::<6>(offset + 6 * s * d, d);
         let mark = cx.arena.mark();
         let qkv = kept.qkv.unwrap_or_else(|| joint.qkv(cx));
         for s in STREAMS {
@@ -176,8 +108,8 @@ impl DoubleWeights {
             let all = kept.streams[s].all;
             let normed = all.map_or_else(|| cx.half(rows * d), |all| all.normed[0]);
             let stats = all.map(|all| all.stats[0]);
-            let shifts = &vectors(s)[..2];
-            self.normed(cx, joint, s, normed, stats, x[s], modulations, shifts)?;
+            let places = [0, 1].map(|i| offset + (6 * s + i) * d);
+            modulations.norm(cx, places, normed, stats, x[s], joint.samples(s))?;
             let [inner, ..] = kept.streams[s].inner;
             w.qkv
                 .forward(cx, kept.streams[s].qkv, 3 * d, normed, rows, inner)?;
@@ -189,9 +121,10 @@ impl DoubleWeights {
 
         for s in STREAMS {
             let rows = joint.shape.rows(s);
-            let per_sample = rows / joint.shape.b;
+            let samples = joint.samples(s);
             let (w, kept_s) = (&self.streams[s], &kept.streams[s]);
-            let [_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp] = vectors(s);
+            let [_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp] =
+                std::array::from_fn(|i| offset + (6 * s + i) * d);
             let [_, inner_out, inner_up, inner_down] = kept_s.inner;
             let mark = cx.arena.mark();
             let all = kept_s.all;
@@ -201,27 +134,12 @@ impl DoubleWeights {
             };
             let y = all.map_or_else(|| cx.half(rows * d), |all| all.updates[0]);
             w.out.forward(cx, y, d, mixed, rows, inner_out)?;
-            let stride = modulations.stride;
-            let gated = |out, residual, gate, y, clip| {
-                elementwise::gate_residual(
-                    cx.stream, cx.t, out, residual, gate, stride, y, rows, per_sample, d, clip,
-                )
-            };
-            gated(kept_s.sum, x[s], gate_msa, y, false)?;
+            modulations.gate(cx, gate_msa, kept_s.sum, x[s], y, samples, false)?;
             // Unless it is kept, `y` is used again for the normed sum, and at last for the MLP's output.
             let normed = all.map_or(y, |all| all.normed[1]);
             let stats = all.map(|all| all.stats[1]);
             let shifts = [shift_mlp, scale_mlp];
-            self.normed(
-                cx,
-                joint,
-                s,
-                normed,
-                stats,
-                kept_s.sum,
-                modulations,
-                &shifts,
-            )?;
+            modulations.norm(cx, shifts, normed, stats, kept_s.sum, samples)?;
             let mlp = joint.sizes.mlp;
             w.up.forward(cx, kept_s.hidden, mlp, normed, rows, inner_up)?;
             if out.is_none() && !w.down.needs_input() {
@@ -239,40 +157,10 @@ impl DoubleWeights {
             w.down.forward(cx, y, d, hidden, rows, inner_down)?;
             // Upstream clips the text stream only: it is the one that overflows.
             let clip = s == 0 && cx.t == Half::F16;
-            gated(out[s], kept_s.sum, gate_mlp, y, clip)?;
+            modulations.gate(cx, gate_mlp, out[s], kept_s.sum, y, samples, clip)?;
             cx.arena.release(mark);
         }
         Ok(())
-    }
-
-    /// `norm(x)·(1 + scale) + shift`.
-    #[allow(clippy::too_many_arguments)] // a kernel's
-    fn normed(
-        &self,
-        cx: &Cx<'_>,
-        joint: &Joint<'_>,
-        stream: usize,
-        out: View,
-        stats: Option<View>,
-        x: View,
-        modulations: &Modulations,
-        shift_and_scale: &[View],
-    ) -> Result<(), CudaError> {
-        let rows = joint.shape.rows(stream);
-        norm::ln_modulate(
-            cx.stream,
-            cx.t,
-            out,
-            stats,
-            x,
-            shift_and_scale[0],
-            shift_and_scale[1],
-            modulations.stride,
-            rows,
-            rows / joint.shape.b,
-            joint.sizes.d,
-            NORM_EPSILON as f32,
-        )
     }
 
     /// Turns `gradient` (of both outputs) into that of both inputs, and adds the factors' gradients or writes those of
@@ -291,10 +179,9 @@ impl DoubleWeights {
         reaches_input: bool,
     ) -> Result<(), CudaError> {
         let d = joint.sizes.d;
-        let vectors = |s: usize| modulations.vectors::<6>(offset + 6 * s * d, d);
         for s in STREAMS {
             let of = (modulations, offset + 6 * s * d);
-            self.mlp_backward(cx, joint, s, gradient[s], kept, of, vectors(s))?;
+            self.mlp_backward(cx, joint, s, gradient[s], kept, of)?;
         }
 
         let mark = cx.arena.mark();
@@ -302,25 +189,12 @@ impl DoubleWeights {
         for s in STREAMS {
             let rows = joint.shape.rows(s);
             let w: &DoubleStream = &self.streams[s];
-            let [_, _, gate_msa, ..] = vectors(s);
             let room = joint.room(cx, d_o, s);
             let inside = cx.arena.mark();
             let dy = cx.half(rows * d);
-            if let Some(all) = kept.streams[s].all {
-                let (gate, y) = (offset + (6 * s + 2) * d, all.updates[0]);
-                modulations.gate_backward(cx, gate, gradient[s], y, joint.samples(s))?;
-            }
-            elementwise::gate_backward(
-                cx.stream,
-                cx.t,
-                dy,
-                gradient[s],
-                gate_msa,
-                modulations.stride,
-                rows,
-                rows / joint.shape.b,
-                d,
-            )?;
+            let gate = offset + (6 * s + 2) * d;
+            let y = kept.streams[s].all.map(|all| all.updates[0]);
+            modulations.gate_backward(cx, gate, dy, gradient[s], (y, &w.out), joint.samples(s))?;
             let mixed = match (kept.streams[s].all, w.out.needs_input()) {
                 (Some(all), _) => Some(all.mixed),
                 (None, true) => Some(joint.part(cx, kept.o, s)?),
@@ -353,14 +227,14 @@ impl DoubleWeights {
             let (norms, norm_gradients) = (w.norms, w.norm_gradients);
             let shape = joint.stream(s);
             joint.split_backward(cx, dproducts, dqkv, saved, norms, norm_gradients, shape)?;
-            let [shift, scale, ..] = vectors(s);
+            let places = [0, 1].map(|i| offset + (6 * s + i) * d);
+            let samples = joint.samples(s);
             let all = kept.streams[s].all;
             let normed = match (all, w.qkv.needs_input()) {
                 (Some(all), _) => Some(all.normed[0]),
                 (None, true) => {
                     let normed = cx.half(rows * d);
-                    let shifts = [shift, scale];
-                    self.normed(cx, joint, s, normed, None, x[s], modulations, &shifts)?;
+                    modulations.norm(cx, places, normed, None, x[s], samples)?;
                     Some(normed)
                 }
                 (None, false) => None,
@@ -370,14 +244,9 @@ impl DoubleWeights {
             w.qkv
                 .backward(cx, dnormed, dproducts, normed, rows, inner)?;
             if let Some(dnormed) = dnormed {
-                if let Some(all) = all {
-                    let places = [0, 1].map(|i| offset + (6 * s + i) * d);
-                    let samples = joint.samples(s);
-                    modulations.norm_backward(cx, places, dnormed, x[s], all.stats[0], samples)?;
-                }
                 let stats = all.map(|all| all.stats[0]);
-                let of = (dnormed, stats);
-                self.normed_backward(cx, joint, s, gradient[s], of, x[s], modulations, scale)?;
+                let of = (x[s], stats);
+                modulations.norm_backward(cx, places, gradient[s], dnormed, of, samples, true)?;
             }
             cx.arena.release(inside);
         }
@@ -395,7 +264,6 @@ impl DoubleWeights {
         gradient: View,
         kept: &KeptDouble,
         (modulations, offset): (&Modulations, usize),
-        [_, _, _, shift, scale, gate]: [View; 6],
     ) -> Result<(), CudaError> {
         let (d, mlp) = (joint.sizes.d, joint.sizes.mlp);
         let rows = joint.shape.rows(s);
@@ -403,21 +271,9 @@ impl DoubleWeights {
         let [_, _, inner_up, inner_down] = kept.inner;
         let mark = cx.arena.mark();
         let dy = cx.half(rows * d);
-        if let Some(all) = kept.all {
-            let (gate, y) = (offset + 5 * d, all.updates[1]);
-            modulations.gate_backward(cx, gate, gradient, y, joint.samples(s))?;
-        }
-        elementwise::gate_backward(
-            cx.stream,
-            cx.t,
-            dy,
-            gradient,
-            gate,
-            modulations.stride,
-            rows,
-            rows / joint.shape.b,
-            d,
-        )?;
+        let samples = joint.samples(s);
+        let y = kept.all.map(|all| all.updates[1]);
+        modulations.gate_backward(cx, offset + 5 * d, dy, gradient, (y, &w.down), samples)?;
         let dhidden = cx.half(rows * mlp);
         let inside = cx.arena.mark();
         let activated = match (kept.all, w.down.needs_input()) {
@@ -441,69 +297,29 @@ impl DoubleWeights {
         w.down
             .backward(cx, Some(dhidden), dy, activated, rows, inner_down)?;
         cx.arena.release(inside);
-        elementwise::gelu_tanh_backward(
-            cx.stream,
-            cx.t,
-            dhidden,
-            dhidden,
-            kept.hidden,
+        w.up.gelu_backward(
+            cx,
+            (dhidden, mlp),
+            (dhidden, mlp),
+            (kept.hidden, mlp),
             rows,
-            mlp,
-            mlp,
-            mlp,
-            mlp,
+            0..mlp,
         )?;
+        let places = [3, 4].map(|i| offset + i * d);
         let normed = match (kept.all, w.up.needs_input()) {
             (Some(all), _) => Some(all.normed[1]),
             (None, true) => {
                 let normed = cx.half(rows * d);
-                let shifts = [shift, scale];
-                self.normed(cx, joint, s, normed, None, kept.sum, modulations, &shifts)?;
+                modulations.norm(cx, places, normed, None, kept.sum, samples)?;
                 Some(normed)
             }
             (None, false) => None,
         };
         // `dy` is used up: it now takes the gradient of the normed sum.
         w.up.backward(cx, Some(dy), dhidden, normed, rows, inner_up)?;
-        if let Some(all) = kept.all {
-            let places = [3, 4].map(|i| offset + i * d);
-            let samples = joint.samples(s);
-            modulations.norm_backward(cx, places, dy, kept.sum, all.stats[1], samples)?;
-        }
-        let of = (dy, kept.all.map(|all| all.stats[1]));
-        self.normed_backward(cx, joint, s, gradient, of, kept.sum, modulations, scale)?;
+        let of = (kept.sum, kept.all.map(|all| all.stats[1]));
+        modulations.norm_backward(cx, places, gradient, dy, of, samples, true)?;
         cx.arena.release(mark);
         Ok(())
-    }
-
-    /// Adds the gradient of a norm's input.
-    #[allow(clippy::too_many_arguments)] // a kernel's
-    fn normed_backward(
-        &self,
-        cx: &Cx<'_>,
-        joint: &Joint<'_>,
-        stream: usize,
-        gradient: View,
-        (dnormed, stats): (View, Option<View>),
-        x: View,
-        modulations: &Modulations,
-        scale: View,
-    ) -> Result<(), CudaError> {
-        let rows = joint.shape.rows(stream);
-        norm::ln_modulate_backward(
-            cx.stream,
-            cx.t,
-            gradient,
-            dnormed,
-            x,
-            stats,
-            scale,
-            modulations.stride,
-            rows,
-            rows / joint.shape.b,
-            joint.sizes.d,
-            NORM_EPSILON as f32,
-            true,
-        )
     }
 }

@@ -4,12 +4,14 @@
 //! `[out, R]` (multiplied by their strengths), with `R` filled up to a multiple of 8. So a LoRA costs two thin products
 //! going forward and four going backward, however many layers are fused.
 
+use std::ops::Range;
+
 use crate::arena::Arena;
 use crate::error::CudaError;
 use crate::gemm::{Matrix, Output, Product};
 use crate::half_type::Half;
 use crate::ops::nf4::{self, Absmax};
-use crate::ops::sums;
+use crate::ops::{elementwise, sums};
 use crate::stream::Stream;
 use crate::view::View;
 
@@ -112,6 +114,9 @@ pub struct LinearGradients {
     pub weight: View,
     /// `f32 [out]`.
     pub bias: View,
+    /// How many of the first outputs' bias gradients [`Linear::backward`] sums up. Those of the others fall out where
+    /// the gradient of the output is made: behind a gate or GELU.
+    pub num_summed: usize,
 }
 
 impl Linear {
@@ -133,7 +138,12 @@ impl Linear {
         x: View,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let Some(LinearGradients { weight, bias }) = self.gradients else {
+        let Some(LinearGradients {
+            weight,
+            bias,
+            num_summed,
+        }) = self.gradients
+        else {
             return Ok(());
         };
         let (out, width) = (self.out_features, self.in_features);
@@ -151,9 +161,39 @@ impl Linear {
             bias: None,
         };
         cx.stream.product(cx.t, &product)?;
+        if num_summed == 0 {
+            return Ok(());
+        }
         let mark = cx.arena.mark();
-        let partials = cx.f32(sums::partials_len(1, rows, out, 1));
-        sums::columns(cx.stream, cx.t, bias, dy, dy_stride, rows, out, partials)?;
+        let partials = cx.f32(sums::partials_len(1, rows, num_summed, 1));
+        let (s, t) = (cx.stream, cx.t);
+        sums::columns(s, t, bias, dy, dy_stride, rows, num_summed, partials)?;
+        cx.arena.release(mark);
+        Ok(())
+    }
+
+    /// `dx = dy·gelu′(x)`, each with its row stride, where `x` are these outputs of the layer; and the gradient of
+    /// their bias, if the layer itself is trained. `dx` may be `dy`.
+    pub fn gelu_backward(
+        &self,
+        cx: &Cx<'_>,
+        (dx, dx_stride): (View, usize),
+        (dy, dy_stride): (View, usize),
+        (x, x_stride): (View, usize),
+        rows: usize,
+        outputs: Range<usize>,
+    ) -> Result<(), CudaError> {
+        let (s, t, n) = (cx.stream, cx.t, outputs.len());
+        let Some(LinearGradients { bias, .. }) = self.gradients else {
+            return elementwise::gelu_tanh_backward(
+                s, t, dx, dy, x, rows, n, dx_stride, dy_stride, x_stride,
+            );
+        };
+        let mark = cx.arena.mark();
+        let partials = cx.f32(sums::partials_len(1, rows, n, 1));
+        let bias = bias.skip(4 * outputs.start);
+        let (dx, dy, x) = ((dx, dx_stride), (dy, dy_stride), (x, x_stride));
+        sums::gelu_backward(s, t, bias, dx, dy, x, rows, n, partials)?;
         cx.arena.release(mark);
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! * [`error`], [`sizes`]: what can be run.
 //! * [`source`], [`linear`], [`network`]: weights and where they come from.
 //! * [`factors`]: the LoRA on the device.
-//! * [`joint`], [`double`], [`single`], [`pass`]: the schedule, forward and backward.
+//! * [`joint`], [`modulations`], [`double`], [`single`], [`pass`]: the schedule, forward and backward.
 //! * [`engine`]: a loaded model; [`train`] and [`sampler`]: its two uses. * [`full`]: training of all weights.
 
 pub mod double;
@@ -13,6 +13,7 @@ pub mod factors;
 pub mod full;
 pub mod joint;
 pub mod linear;
+pub mod modulations;
 pub mod network;
 pub(crate) mod optimizer;
 pub mod pass;

@@ -4,17 +4,18 @@
 //! the arena's stack; the backward pass takes blocks from the top and gives their memory back one by one. Gradients of
 //! tokens lie below all that.
 
-use mmdit::config::{NORM_EPSILON, NUM_SINUSOID_CHANNELS};
+use mmdit::config::NUM_SINUSOID_CHANNELS;
 
 use crate::arena::Mark;
 use crate::error::CudaError;
-use crate::model::double::{KeptDouble, Modulations};
+use crate::model::double::KeptDouble;
 use crate::model::joint::Joint;
 use crate::model::linear::{Cx, Linear};
+use crate::model::modulations::Modulations;
 use crate::model::network::{EmbedderWeights, Network};
 use crate::model::single::KeptSingle;
 use crate::model::sizes::STREAMS;
-use crate::ops::{elementwise, norm};
+use crate::ops::elementwise;
 use crate::view::View;
 
 /// What conditions a pass, one row per sample.
@@ -235,6 +236,12 @@ impl Pass<'_> {
         Ok(())
     }
 
+    /// Where shift and scale of the last norm lie: its layer gives the scale first.
+    fn head_places(&self) -> [usize; 2] {
+        let offset = self.joint.sizes.out_modulation();
+        [offset + self.joint.sizes.d, offset]
+    }
+
     fn head_norm(
         &self,
         cx: &Cx<'_>,
@@ -243,24 +250,11 @@ impl Pass<'_> {
     ) -> Result<View, CudaError> {
         let (joint, d) = (&self.joint, self.joint.sizes.d);
         let rows = joint.shape.rows(1);
-        // The last norm's layer gives the scale before the shift.
-        let [scale, shift] = self.modulations.vectors(joint.sizes.out_modulation(), d);
         let image = joint.part(cx, joined, 1)?;
         let normed = all.map_or_else(|| cx.half(rows * d), |all| all.normed);
-        norm::ln_modulate(
-            cx.stream,
-            cx.t,
-            normed,
-            all.map(|all| all.stats),
-            image,
-            shift,
-            scale,
-            self.modulations.stride,
-            rows,
-            joint.shape.image(),
-            d,
-            NORM_EPSILON as f32,
-        )?;
+        let (stats, samples) = (all.map(|all| all.stats), joint.samples(1));
+        self.modulations
+            .norm(cx, self.head_places(), normed, stats, image, samples)?;
         Ok(normed)
     }
 
@@ -447,31 +441,11 @@ impl Pass<'_> {
         };
         proj_out.backward(cx, Some(dnormed), dvelocity, normed, rows, kept.inner[2])?;
         let image = joint.part(cx, joined, 1)?;
-        let [scale, _] = self.modulations.vectors(joint.sizes.out_modulation(), d);
-        if let Some(all) = kept.head {
-            // The scale comes first.
-            let offset = joint.sizes.out_modulation();
-            let places = [offset + d, offset];
-            let samples = joint.samples(1);
-            self.modulations
-                .norm_backward(cx, places, dnormed, image, all.stats, samples)?;
-        }
         cx.stream.fill(kept.gradient, 0)?;
-        norm::ln_modulate_backward(
-            cx.stream,
-            cx.t,
-            kept.gradients[1],
-            dnormed,
-            image,
-            None,
-            scale,
-            self.modulations.stride,
-            rows,
-            joint.shape.image(),
-            d,
-            NORM_EPSILON as f32,
-            false,
-        )?;
+        let of = (image, kept.head.map(|all| all.stats));
+        let (dx, samples) = (kept.gradients[1], joint.samples(1));
+        self.modulations
+            .norm_backward(cx, self.head_places(), dx, dnormed, of, samples, false)?;
         joint.put(cx, kept.gradient, kept.gradients[1], 1)?;
         cx.arena.release(mark);
         Ok(())

@@ -5,9 +5,9 @@
 
 use crate::arena::Arena;
 use crate::error::CudaError;
-use crate::model::double::Modulations;
 use crate::model::engine::Engine;
 use crate::model::linear::Cx;
+use crate::model::modulations::Modulations;
 use crate::model::sizes::Shape;
 use crate::ops::{elementwise, loss};
 use crate::stream::{Buffer, Graph};

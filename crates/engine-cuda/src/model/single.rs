@@ -5,15 +5,13 @@
 //!
 //! Source: `FluxSingleTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
-use mmdit::config::NORM_EPSILON;
-
 use crate::error::CudaError;
 use crate::half_type::Half;
-use crate::model::double::Modulations;
 use crate::model::joint::{Joint, Qkv};
 use crate::model::linear::Cx;
+use crate::model::modulations::Modulations;
 use crate::model::network::SingleWeights;
-use crate::ops::{elementwise, norm};
+use crate::ops::elementwise;
 use crate::view::View;
 
 /// What a single block keeps.
@@ -95,12 +93,13 @@ impl SingleWeights {
     ) -> Result<(), CudaError> {
         let d = joint.sizes.d;
         let (rows, width) = (joint.shape.all_rows(), self.input.out_features);
-        let [shift, scale, gate] = modulations.vectors::<3>(offset, d);
+        let places = [offset, offset + d];
+        let samples = [joint.shape.b, joint.shape.tokens(), d];
         let mark = cx.arena.mark();
         let y = kept.all.map_or_else(|| cx.half(rows * d), |all| all.update);
         let normed = kept.all.map_or(y, |all| all.normed);
         let stats = kept.all.map(|all| all.stats);
-        self.normed(cx, joint, (normed, stats), x, modulations, [shift, scale])?;
+        modulations.norm(cx, places, normed, stats, x, samples)?;
         self.input
             .forward(cx, kept.products, width, normed, rows, kept.inner[0])?;
         let inside = cx.arena.mark();
@@ -122,19 +121,7 @@ impl SingleWeights {
         self.output
             .forward(cx, y, d, side_by_side, rows, kept.inner[1])?;
         let clip = cx.t == Half::F16;
-        elementwise::gate_residual(
-            cx.stream,
-            cx.t,
-            out,
-            x,
-            gate,
-            modulations.stride,
-            y,
-            rows,
-            joint.shape.tokens(),
-            d,
-            clip,
-        )?;
+        modulations.gate(cx, offset + 2 * d, out, x, y, samples, clip)?;
         cx.arena.release(mark);
         Ok(())
     }
@@ -170,31 +157,6 @@ impl SingleWeights {
         Ok(both)
     }
 
-    fn normed(
-        &self,
-        cx: &Cx<'_>,
-        joint: &Joint<'_>,
-        (out, stats): (View, Option<View>),
-        x: View,
-        modulations: &Modulations,
-        [shift, scale]: [View; 2],
-    ) -> Result<(), CudaError> {
-        norm::ln_modulate(
-            cx.stream,
-            cx.t,
-            out,
-            stats,
-            x,
-            shift,
-            scale,
-            modulations.stride,
-            joint.shape.all_rows(),
-            joint.shape.tokens(),
-            joint.sizes.d,
-            NORM_EPSILON as f32,
-        )
-    }
-
     /// Turns `gradient` (of the output) into that of the input, and adds the factors' gradients or writes those of
     /// weights and modulations.
     ///
@@ -212,27 +174,16 @@ impl SingleWeights {
     ) -> Result<(), CudaError> {
         let (d, mlp) = (joint.sizes.d, joint.sizes.mlp);
         let (rows, width) = (joint.shape.all_rows(), self.input.out_features);
-        let [shift, scale, gate] = modulations.vectors::<3>(offset, d);
+        let places = [offset, offset + d];
+        let samples = [joint.shape.b, joint.shape.tokens(), d];
         let mark = cx.arena.mark();
         let dproducts = cx.half(rows * width);
         let dboth = cx.half(rows * (d + mlp));
         let inside = cx.arena.mark();
         let dy = cx.half(rows * d);
-        let samples = [joint.shape.b, joint.shape.tokens(), d];
-        if let Some(all) = kept.all {
-            modulations.gate_backward(cx, offset + 2 * d, gradient, all.update, samples)?;
-        }
-        elementwise::gate_backward(
-            cx.stream,
-            cx.t,
-            dy,
-            gradient,
-            gate,
-            modulations.stride,
-            rows,
-            joint.shape.tokens(),
-            d,
-        )?;
+        let y = kept.all.map(|all| all.update);
+        let gate = offset + 2 * d;
+        modulations.gate_backward(cx, gate, dy, gradient, (y, &self.output), samples)?;
         let both = match (kept.all, self.output.needs_input()) {
             (Some(all), _) => Some(all.both),
             (None, true) => Some(self.side_by_side(cx, joint, kept)?),
@@ -241,17 +192,13 @@ impl SingleWeights {
         self.output
             .backward(cx, Some(dboth), dy, both, rows, kept.inner[1])?;
         cx.arena.release(inside);
-        elementwise::gelu_tanh_backward(
-            cx.stream,
-            cx.t,
-            dproducts.elements_from(3 * d),
-            dboth.elements_from(d),
-            kept.products.elements_from(3 * d),
+        self.input.gelu_backward(
+            cx,
+            (dproducts.elements_from(3 * d), width),
+            (dboth.elements_from(d), d + mlp),
+            (kept.products.elements_from(3 * d), width),
             rows,
-            mlp,
-            width,
-            d + mlp,
-            width,
+            3 * d..width,
         )?;
         let inside = cx.arena.mark();
         let whole = joint.whole(width);
@@ -274,8 +221,7 @@ impl SingleWeights {
             (Some(all), _) => Some(all.normed),
             (None, true) => {
                 let normed = cx.half(rows * d);
-                let shifts = [shift, scale];
-                self.normed(cx, joint, (normed, None), x, modulations, shifts)?;
+                modulations.norm(cx, places, normed, None, x, samples)?;
                 Some(normed)
             }
             (None, false) => None,
@@ -283,26 +229,9 @@ impl SingleWeights {
         let dnormed = reaches_input.then(|| cx.half(rows * d));
         self.input
             .backward(cx, dnormed, dproducts, normed, rows, kept.inner[0])?;
-        if let (Some(all), Some(dnormed)) = (kept.all, dnormed) {
-            let places = [offset, offset + d];
-            modulations.norm_backward(cx, places, dnormed, x, all.stats, samples)?;
-        }
         if let Some(dnormed) = dnormed {
-            norm::ln_modulate_backward(
-                cx.stream,
-                cx.t,
-                gradient,
-                dnormed,
-                x,
-                kept.all.map(|all| all.stats),
-                scale,
-                modulations.stride,
-                rows,
-                joint.shape.tokens(),
-                d,
-                NORM_EPSILON as f32,
-                true,
-            )?;
+            let of = (x, kept.all.map(|all| all.stats));
+            modulations.norm_backward(cx, places, gradient, dnormed, of, samples, true)?;
         }
         cx.arena.release(mark);
         Ok(())

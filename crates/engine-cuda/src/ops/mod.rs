@@ -12,4 +12,5 @@ pub mod nf4;
 pub mod norm;
 pub mod optimizer;
 pub mod rope;
+pub mod rows;
 pub mod sums;

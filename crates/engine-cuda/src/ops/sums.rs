@@ -9,6 +9,7 @@ use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::kernels::{Args, Launch, Module};
 use crate::ops::extent::{blocks, elements, multiples_of_8, strided, vectors};
+use crate::ops::rows::{MAX_WIDTH, vectors_of_a_lane};
 use crate::stream::Stream;
 use crate::view::View;
 
@@ -57,6 +58,16 @@ impl Sizes {
         splits(self.segments, self.rows, self.columns)
     }
 
+    fn modulation(&self, view: View, stride: usize) -> View {
+        multiples_of_8(&[stride], "stride of modulations");
+        let reach = strided(self.segments, stride, self.columns);
+        vectors(view, reach, 2, "modulations")
+    }
+
+    fn rows(&self, view: View, what: &str) -> View {
+        vectors(view, self.segments * self.rows * self.columns, 2, what)
+    }
+
     fn sum(&self, s: &Stream, t: Half, kernel: &str, args: Args) -> Result<(), CudaError> {
         let launch = Launch {
             grid: [
@@ -81,6 +92,7 @@ impl Sizes {
         stride: usize,
         bytes_each: usize,
         partials: View,
+        wanted: usize,
     ) -> Result<(), CudaError> {
         let reach = strided(self.segments, stride, self.columns);
         let [first, second] = outputs.map(|view| elements(view, reach, bytes_each, "sums"));
@@ -97,11 +109,12 @@ impl Sizes {
                 stride,
                 self.outputs,
             ],
+            wanted,
         )
     }
 }
 
-/// Adds up parts; all views are compared with the sizes by the callers.
+/// Adds up the parts of the first `wanted` outputs; all views are compared with the sizes by the callers.
 fn finish(
     s: &Stream,
     t: Half,
@@ -109,6 +122,7 @@ fn finish(
     [first, second]: [View; 2],
     partials: View,
     [segments, splits, columns, stride, outputs]: [usize; 5],
+    wanted: usize,
 ) -> Result<(), CudaError> {
     let args = Args::new()
         .ptr(first)
@@ -116,12 +130,13 @@ fn finish(
         .ptr(partials)
         .i32(splits)
         .i32(columns)
+        .i32(outputs)
         .i32(stride);
     let launch = Launch {
         grid: [
             blocks(columns.div_ceil(FINISH_COLUMNS)),
             blocks(segments),
-            blocks(outputs),
+            blocks(wanted),
         ],
         block: [FINISH_THREADS, 1, 1],
         shared_bytes: 0,
@@ -150,7 +165,7 @@ pub(super) fn finish_pair(
     let outputs = outputs.map(|view| elements(view, columns, 4, "sums"));
     let partials = elements(partials, parts * 2 * columns, 4, "partial sums");
     let sizes = [1, parts, columns, columns, 2];
-    finish(s, t, "finish_sums_f32", outputs, partials, sizes)
+    finish(s, t, "finish_sums_f32", outputs, partials, sizes, 2)
 }
 
 /// `out = Σ_rows x`: T `[rows, columns]`, rows `stride` elements apart → f32 `[columns]`.
@@ -185,7 +200,7 @@ pub fn columns(
         .ptr(vectors(x, strided(rows, stride, columns), 2, "the rows"))
         .i32(stride);
     sizes.sum(s, t, "column_sums", args)?;
-    sizes.finish(s, t, "finish_sums_f32", [out; 2], columns, 4, partials)
+    sizes.finish(s, t, "finish_sums_f32", [out; 2], columns, 4, partials, 1)
 }
 
 /// `out = Σ_tokens a·b` for each sample: T `[segments·rows, d]` → T `[segments, d]`, rows `out_stride` elements apart.
@@ -223,7 +238,16 @@ pub fn products(
         .ptr(vectors(a, n, 2, "a factor"))
         .ptr(vectors(b, n, 2, "a factor"));
     sizes.sum(s, t, "product_sums", args)?;
-    sizes.finish(s, t, "finish_sums_half", [out; 2], out_stride, 2, partials)
+    sizes.finish(
+        s,
+        t,
+        "finish_sums_half",
+        [out; 2],
+        out_stride,
+        2,
+        partials,
+        1,
+    )
 }
 
 /// Gradients of a modulated norm's shift, `Σ_tokens dy`, and scale, `Σ_tokens dy·(x − μ)/σ`, for each sample: T
@@ -273,7 +297,177 @@ pub fn norms(
         out_stride,
         2,
         partials,
+        2,
     )
+}
+
+/// [`norms`] and, in the same pass, the gradient of the norm's input, which is stored in `dx` or, with `accumulate`,
+/// added to it. `scale` is the modulation; its rows and those of the outputs are `stride` elements apart.
+///
+/// # Errors
+///
+/// If a launch fails.
+///
+/// # Panics
+///
+/// As [`columns`], or if rows are wider than [`MAX_WIDTH`].
+pub fn norms_backward(
+    s: &Stream,
+    t: Half,
+    [dshift, dscale]: [View; 2],
+    dx: View,
+    dy: View,
+    x: View,
+    stats: View,
+    scale: View,
+    stride: usize,
+    segments: usize,
+    rows: usize,
+    d: usize,
+    accumulate: bool,
+    partials: View,
+) -> Result<(), CudaError> {
+    multiples_of_8(&[d], "columns");
+    assert!(d <= MAX_WIDTH, "rows of {d} channels; {MAX_WIDTH} at most");
+    let sizes = Sizes {
+        segments,
+        rows,
+        columns: d,
+        outputs: 2,
+    };
+    let partials = sizes.partials(partials);
+    let args = Args::new()
+        .ptr(partials)
+        .ptr(sizes.rows(dx, "the input's gradient"))
+        .ptr(sizes.rows(dy, "the norm's gradient"))
+        .ptr(sizes.rows(x, "the norm's input"))
+        .ptr(vectors(stats, 2 * segments * rows, 4, "statistics"))
+        .ptr(sizes.modulation(scale, stride))
+        .i32(stride)
+        .i32(i32::from(accumulate))
+        .i32(rows)
+        .i32(d)
+        .i32(sizes.splits());
+    let width = vectors_of_a_lane(d);
+    let launch = Launch {
+        grid: [blocks(segments * sizes.splits()), 1, 1],
+        // The widest form has half as many warps: its sums would not fit shared memory.
+        block: [if width == 4 { THREADS / 2 } else { THREADS }, 1, 1],
+        shared_bytes: 0,
+    };
+    let kernel = format!("norm_backward_sums_{width}");
+    // SAFETY: the kernel's arguments; every view was compared with the sizes.
+    unsafe { s.launch(&SUMS, &[t.define()], &kernel, launch, args)? };
+    let outputs = [dshift, dscale];
+    sizes.finish(s, t, "finish_sums_half", outputs, stride, 2, partials, 2)
+}
+
+/// Going back through a gate: `dy = gate·dout`, the gate's gradient `Σ_tokens dout·y` of each sample (T, rows `stride`
+/// elements apart, as the gate's), and `bias = Σ dy` over everything (f32 `[d]`): the gradient of a bias that was added
+/// to `y`.
+///
+/// # Errors
+///
+/// If a launch fails.
+///
+/// # Panics
+///
+/// As [`columns`].
+pub fn gate_backward(
+    s: &Stream,
+    t: Half,
+    dgate: View,
+    bias: View,
+    dy: View,
+    dout: View,
+    y: View,
+    gate: View,
+    stride: usize,
+    segments: usize,
+    rows: usize,
+    d: usize,
+    partials: View,
+) -> Result<(), CudaError> {
+    multiples_of_8(&[d], "columns");
+    let sizes = Sizes {
+        segments,
+        rows,
+        columns: d,
+        outputs: 2,
+    };
+    let partials = sizes.partials(partials);
+    let gate = sizes.modulation(gate, stride);
+    let args = Args::new()
+        .ptr(partials)
+        .ptr(sizes.rows(dy, "the update's gradient"))
+        .ptr(sizes.rows(dout, "the sum's gradient"))
+        .ptr(sizes.rows(y, "the update"))
+        .ptr(gate)
+        .i32(stride);
+    sizes.sum(s, t, "gate_backward_sums", args)?;
+    let outputs = [dgate; 2];
+    sizes.finish(s, t, "finish_sums_half", outputs, stride, 2, partials, 1)?;
+    let args = Args::new()
+        .ptr(elements(bias, d, 4, "the bias's gradient"))
+        .ptr(partials)
+        .ptr(gate)
+        .i32(stride)
+        .i32(segments)
+        .i32(sizes.splits())
+        .i32(d);
+    let launch = Launch {
+        grid: [blocks(d.div_ceil(FINISH_COLUMNS)), 1, 1],
+        block: [FINISH_THREADS, 1, 1],
+        shared_bytes: 0,
+    };
+    // SAFETY: the kernel's arguments; every view was compared with the sizes.
+    unsafe { s.launch(&SUMS, &[t.define()], "finish_gated", launch, args) }
+}
+
+/// Going back through GELU: `dx = dy·gelu′(x)` (T `[rows, columns]` with row strides; `dx` may be `dy`), and
+/// `bias = Σ_rows dx` (f32 `[columns]`): the gradient of a bias that is part of `x`.
+///
+/// # Errors
+///
+/// If a launch fails.
+///
+/// # Panics
+///
+/// As [`columns`].
+pub fn gelu_backward(
+    s: &Stream,
+    t: Half,
+    bias: View,
+    (dx, dx_stride): (View, usize),
+    (dy, dy_stride): (View, usize),
+    (x, x_stride): (View, usize),
+    rows: usize,
+    columns: usize,
+    partials: View,
+) -> Result<(), CudaError> {
+    multiples_of_8(
+        &[columns, dx_stride, dy_stride, x_stride],
+        "columns and strides",
+    );
+    let sizes = Sizes {
+        segments: 1,
+        rows,
+        columns,
+        outputs: 1,
+    };
+    let partials = sizes.partials(partials);
+    let part = |view, stride, what| vectors(view, strided(rows, stride, columns), 2, what);
+    let args = Args::new()
+        .ptr(partials)
+        .ptr(part(dx, dx_stride, "the gradient of GELU's input"))
+        .ptr(part(dy, dy_stride, "the gradient of GELU"))
+        .ptr(part(x, x_stride, "GELU's input"))
+        .i32(dx_stride)
+        .i32(dy_stride)
+        .i32(x_stride);
+    sizes.sum(s, t, "gelu_backward_sums", args)?;
+    let outputs = [bias; 2];
+    sizes.finish(s, t, "finish_sums_f32", outputs, columns, 4, partials, 1)
 }
 
 #[cfg(test)]

@@ -103,7 +103,28 @@ pub(super) fn train_all(network: &mut Network, slab: View, gradients: View) {
         linear.gradients = Some(LinearGradients {
             weight: of(weight_of(linear)),
             bias: of(linear.bias),
+            num_summed: linear.out_features,
         });
+    }
+    let fewer = |linear: &mut Linear, num: usize| {
+        linear.gradients = linear.gradients.map(|gradients| LinearGradients {
+            num_summed: num,
+            ..gradients
+        });
+    };
+    let d = network.sizes.d;
+    for stream in network
+        .double
+        .iter_mut()
+        .flat_map(|block| &mut block.streams)
+    {
+        for linear in [&mut stream.out, &mut stream.up, &mut stream.down] {
+            fewer(linear, 0);
+        }
+    }
+    for block in &mut network.single {
+        fewer(&mut block.input, 3 * d);
+        fewer(&mut block.output, 0);
     }
     for stream in network
         .double

@@ -2,10 +2,10 @@
 
 use crate::arena::Arena;
 use crate::error::CudaError;
-use crate::model::double::Modulations;
 use crate::model::full::FullTrainer;
 use crate::model::joint::Joint;
 use crate::model::linear::Cx;
+use crate::model::modulations::Modulations;
 use crate::model::pass::{Conditions, Pass};
 use crate::ops::average::{self, Averaged, NUMBERS};
 use crate::ops::draw::{self, LatentSizes};
