@@ -215,7 +215,9 @@ impl Stream {
         let reads = if product.beta == 0.0 { 1 } else { 2 };
         let bytes = 2 * (m * k + k * n) + reads * element * m * n;
         let flops = 2.0 * m as f64 * n as f64 * k as f64;
-        self.metered(Work::Product, "product", flops, bytes as f64, |stream| {
+        // Which of many products is slow can be told from its sizes alone.
+        let name = format!("product {m}x{n}x{k}");
+        self.metered(Work::Product, &name, flops, bytes as f64, |stream| {
             #[cfg(test)]
             if self.is_host() {
                 crate::host::product(half, product);

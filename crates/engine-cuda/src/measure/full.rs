@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{Outcome, STEPS, Table, median, open};
 use crate::Half;
 use crate::model::{FullOptions, FullTrainer, Shape};
-use crate::stream::{Rates, Work};
+use crate::stream::{Rates, Stream, Work};
 
 const ROWS: usize = 512;
 /// Steps that one timing is taken over.
@@ -48,7 +48,8 @@ pub(super) fn rows(table: &mut Table) -> Outcome {
     Ok(())
 }
 
-fn one(table: &mut Table, line: &str, b: usize) -> Outcome {
+/// A run at batch `b`, with tables.
+fn trainer(stream: Stream, b: usize) -> Outcome<FullTrainer> {
     let config = config();
     let shape = Shape {
         b,
@@ -74,12 +75,17 @@ fn one(table: &mut Table, line: &str, b: usize) -> Outcome {
             false => numbers(count, 0.05),
         }
     };
-    let mut trainer = FullTrainer::new(open()?, &config, &mut values, options)?;
+    let mut trainer = FullTrainer::new(stream, &config, &mut values, options)?;
     let latent = ROWS * config.in_channels / 4 * 32 * 32;
     trainer.set_latents(&numbers(latent, 1.0), &numbers(latent, 0.1), ROWS)?;
     let states = numbers(ROWS * shape.text * config.joint_attention_dim, 1.0);
     let pooled = numbers(ROWS * config.pooled_projection_dim, 1.0);
     trainer.set_texts(&states, &pooled, ROWS)?;
+    Ok(trainer)
+}
+
+fn one(table: &mut Table, line: &str, b: usize) -> Outcome {
+    let mut trainer = trainer(open()?, b)?;
     let places: Vec<u32> = (0..b as u32).collect();
     let sigmas: Vec<f32> = (0..b).map(|i| (i as f32 + 0.5) / b as f32).collect();
     let mut seed = 0;
@@ -151,48 +157,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dry() {
-        let b = 256;
-        let config = config();
-        let shape = Shape {
-            b,
-            text: 64,
-            latent_cells: [32, 32],
-        };
-        let options = FullOptions {
-            t: Half::Bf16,
-            shape,
-            beta1: 0.9,
-            beta2: 0.99,
-            epsilon: 1e-8,
-            weight_decay: 0.01,
-            max_grad_norm: 1.0,
-            ema_decay: 0.999,
-            guidance: None,
-            loss_scale: 1.0,
-        };
-        let mut values = |spec: &tensor::ParameterSpec| vec![0.0; spec.num_elements() as usize];
-        let mut trainer =
-            FullTrainer::new(crate::Stream::dry(), &config, &mut values, options).expect("");
-        trainer
-            .set_latents(
-                &vec![0.0; ROWS * 16 * 1024],
-                &vec![0.0; ROWS * 16 * 1024],
-                ROWS,
-            )
-            .expect("");
-        trainer
-            .set_texts(&vec![0.0; ROWS * 64 * 64], &vec![0.0; ROWS * 32], ROWS)
-            .expect("");
-        for (w, t) in Work::ALL
-            .iter()
-            .zip(trainer.count_step(Rates::H100).expect(""))
-        {
-            println!("{w:?} {t:?}");
-        }
-        trainer
-            .step(&[0; 256], &[0; 256], &[0.5; 256], 0, 1e-3)
-            .expect("");
-        println!("allocated {}", trainer.stream().allocated_bytes());
+    fn a_step_of_the_small_base_is_mostly_reading_and_writing() {
+        let trainer = trainer(Stream::dry(), 256).expect("nothing is done");
+        let [products, attention, dequantise, elementwise] =
+            trainer.count_step(Rates::H100).expect("nothing is done");
+        assert_eq!(dequantise.launches, 0);
+        assert!((products.flops / 1.95e12 - 1.0).abs() < 0.01);
+        assert!((attention.flops / 4.7e11 - 1.0).abs() < 0.01);
+        assert!(elementwise.bytes < 18e9, "{elementwise:?}");
     }
 }

@@ -94,7 +94,7 @@ impl Setting {
     fn step(&self, trainer: &mut FullTrainer, seed: u64) {
         let (pictures, texts, sigmas) = (self.pictures(), self.texts(), self.sigmas());
         trainer
-            .step(&pictures, &texts, &sigmas, seed, 1e-3)
+            .step(&pictures, &texts, &sigmas, seed, 3e-3)
             .expect("it runs");
     }
 
@@ -226,9 +226,21 @@ fn settings() -> Vec<Setting> {
                 num_attention_heads: 3,
                 attention_head_dim: 128,
                 axes_dims_rope: [16, 56, 56],
-                ..small
+                ..small.clone()
             },
             shape: shape(2, 33, [8, 12]),
+        },
+        Setting {
+            label: "width 1152, beyond what a warp takes",
+            config: MmditConfig {
+                num_layers: 1,
+                num_single_layers: 1,
+                num_attention_heads: 9,
+                attention_head_dim: 128,
+                axes_dims_rope: [16, 56, 56],
+                ..small
+            },
+            shape: shape(2, 9, [6, 4]),
         },
     ]
 }

@@ -3,7 +3,7 @@
 use engine_cuda::ops::average::{self, AverageConfig, Averaged, NUMBERS};
 use engine_cuda::ops::draw::{self, LatentSizes, Purpose, normals};
 use engine_cuda::ops::rope::{self, HeadShape};
-use engine_cuda::ops::{elementwise, norm, sums};
+use engine_cuda::ops::{elementwise, norm, rows, sums};
 use engine_cuda::{Half, Stream};
 
 use crate::report::Report;
@@ -32,6 +32,21 @@ pub fn run(s: &Stream, report: &mut Report) {
             [1, 700, 1032],
         ] {
             modulation_sums(bench, [b, n, d], report);
+        }
+        // One, two and four vectors a lane, full and not.
+        for [b, n, d] in [
+            [1, 3, 8],
+            [3, 37, 200],
+            [2, 320, 256],
+            [2, 65, 264],
+            [5, 1, 512],
+            [3, 50, 776],
+            [2, 33, 1024],
+        ] {
+            narrow_rows(bench, [b, n, d], report);
+        }
+        for (rows, columns) in [(1, 8), (37, 200), (1003, 1024), (5, 264)] {
+            gelu_sums(bench, rows, columns, report);
         }
         for n in [1, 7, 1000, 5003] {
             silu_backward(bench, n, report);
@@ -155,6 +170,178 @@ fn modulation_sums(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report)
         let off = distance(&part(&found), &part(&expected));
         report.check(&format!("gradient of {what} {label}"), off, rounding(t));
     }
+}
+
+/// Norm and gate of narrow rows, there and back with their sums, against the forms that give a block to every row.
+fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
+    let Bench { s, t } = bench;
+    let (rows, stride) = (b * n, 3 * d);
+    let label = format!("{} {b}x{n}x{d}", name(t));
+    let (x, _) = bench.half(&numbers(1, rows * d, 1.5));
+    let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
+    let (y, _) = bench.half(&numbers(3, rows * d, 1.0));
+    let (before, _) = bench.half(&numbers(4, rows * d, 1.0));
+    let (modulation, m) = bench.half(&numbers(5, b * stride, 0.5));
+    let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().elements_from(at));
+    let [x, dy, y] = [x.view(), dy.view(), y.view()];
+    let half = || bench.output(2 * rows * d);
+    let partials = bench.output(4 * sums::partials_len(b, n, d, 2));
+    let scratch = partials.view();
+    let mut same = |what: &str, found: &[f64], expected: &[f64], bound: f64| {
+        let off = distance(found, expected);
+        report.check(&format!("narrow {what} {label}"), off, bound);
+    };
+
+    let (outs, stats) = (
+        [half(), half()],
+        [bench.output(8 * rows), bench.output(8 * rows)],
+    );
+    let [out, plain] = outs.each_ref().map(|out| out.view());
+    let [kept, plain_stats] = stats.each_ref().map(|stats| stats.view());
+    rows::norm_rows(s, t, out, kept, x, shift, scale, stride, rows, n, d, EPS).expect("launch");
+    norm::ln_modulate(
+        s,
+        t,
+        plain,
+        Some(plain_stats),
+        x,
+        shift,
+        scale,
+        stride,
+        rows,
+        n,
+        d,
+        EPS,
+    )
+    .expect("launch");
+    let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
+    same("norm", &found, &expected, rounding(t));
+    let [found, expected] = stats.each_ref().map(|stats| bench.read_f32(stats));
+    same("norm's statistics", &found, &expected, 1e-5);
+
+    let outs = [half(), half()];
+    let [out, plain] = outs.each_ref().map(|out| out.view());
+    rows::gate_rows(s, t, out, x, gate, stride, y, rows, n, d, false).expect("launch");
+    elementwise::gate_residual(s, t, plain, x, gate, stride, y, rows, n, d, false).expect("launch");
+    let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
+    same("gate", &found, &expected, rounding(t));
+
+    let wide = || bench.output(2 * b * stride);
+    for accumulate in [false, true] {
+        let outs = [(); 2].map(|()| bench.upload(&bench.read::<u16>(&before)));
+        let [dx, plain] = outs.each_ref().map(|out| out.view());
+        let modulations = [wide(), wide()];
+        let [found, expected] = modulations
+            .each_ref()
+            .map(|out| [0, d].map(|at| out.view().elements_from(at)));
+        sums::norms_backward(
+            s, t, found, dx, dy, x, kept, scale, stride, b, n, d, accumulate, scratch,
+        )
+        .expect("launch");
+        let stats = Some(kept);
+        norm::ln_modulate_backward(
+            s, t, plain, dy, x, stats, scale, stride, rows, n, d, EPS, accumulate,
+        )
+        .expect("launch");
+        let [shift, scale] = expected;
+        sums::norms(s, t, shift, scale, stride, dy, x, kept, b, n, d, scratch).expect("launch");
+        let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
+        same("norm going back", &found, &expected, rounding(t));
+        let [found, expected] = modulations.each_ref().map(|out| {
+            let values = bench.read_half(out);
+            let rows = values.chunks_exact(stride);
+            rows.flat_map(|row| row[..2 * d].to_vec())
+                .collect::<Vec<f64>>()
+        });
+        same("shift and scale", &found, &expected, rounding(t));
+    }
+
+    let outs = [half(), half()];
+    let [out, plain] = outs.each_ref().map(|out| out.view());
+    let (modulations, bias) = ([wide(), wide()], bench.output(4 * d));
+    let [found, expected] = modulations
+        .each_ref()
+        .map(|out| out.view().elements_from(2 * d));
+    let sum = bias.view();
+    sums::gate_backward(s, t, found, sum, out, dy, y, gate, stride, b, n, d, scratch)
+        .expect("launch");
+    elementwise::gate_backward(s, t, plain, dy, gate, stride, rows, n, d).expect("launch");
+    sums::products(s, t, expected, stride, dy, y, b, n, d, scratch).expect("launch");
+    bench.read::<f32>(&partials);
+    let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
+    same("gate going back", &found, &expected, rounding(t));
+    let [found, expected] = modulations.each_ref().map(|out| {
+        let values = bench.read_half(out);
+        let rows = values.chunks_exact(stride);
+        rows.flat_map(|row| row[2 * d..].to_vec())
+            .collect::<Vec<f64>>()
+    });
+    same("gate's gradient", &found, &expected, rounding(t));
+    let mut expected = vec![0.0; d];
+    for row in 0..rows {
+        for i in 0..d {
+            expected[i] += m[row / n * stride + 2 * d + i] * dy_values[row * d + i];
+        }
+    }
+    same(
+        "bias behind a gate",
+        &bench.read_f32(&bias),
+        &expected,
+        1e-5,
+    );
+}
+
+fn gelu_sums(bench: Bench<'_>, rows: usize, columns: usize, report: &mut Report) {
+    let Bench { s, t } = bench;
+    let strides = [columns + 8, columns, columns + 16];
+    let (dy, _) = bench.half(&numbers(1, rows * strides[1], 1.0));
+    let (x, _) = bench.half(&numbers(2, rows * strides[2], 2.0));
+    let outs = [(); 2].map(|()| bench.output(2 * rows * strides[0]));
+    let [out, plain] = outs.each_ref().map(|out| out.view());
+    let (bias, partials) = (
+        bench.output(4 * columns),
+        bench.output(4 * sums::partials_len(1, rows, columns, 1)),
+    );
+    let [dx_stride, dy_stride, x_stride] = strides;
+    let (to, from, at) = (
+        (out, dx_stride),
+        (dy.view(), dy_stride),
+        (x.view(), x_stride),
+    );
+    let scratch = partials.view();
+    sums::gelu_backward(s, t, bias.view(), to, from, at, rows, columns, scratch).expect("launch");
+    elementwise::gelu_tanh_backward(
+        s,
+        t,
+        plain,
+        dy.view(),
+        x.view(),
+        rows,
+        columns,
+        dx_stride,
+        dy_stride,
+        x_stride,
+    )
+    .expect("launch");
+    bench.read::<f32>(&partials);
+    let [found, expected] = outs.each_ref().map(|out| {
+        let values = bench.read_half(out);
+        let rows = values.chunks_exact(dx_stride);
+        rows.flat_map(|row| row[..columns].to_vec())
+            .collect::<Vec<f64>>()
+    });
+    let label = format!("{} {rows}x{columns}", name(t));
+    let off = distance(&found, &expected);
+    report.check(
+        &format!("GELU going back with sums {label}"),
+        off,
+        rounding(t),
+    );
+    let sums: Vec<f64> = (0..columns)
+        .map(|column| (0..rows).map(|row| expected[row * columns + column]).sum())
+        .collect();
+    let off = distance(&bench.read_f32(&bias), &sums);
+    report.check(&format!("bias before GELU {label}"), off, rounding(t));
 }
 
 fn silu_backward(bench: Bench<'_>, n: usize, report: &mut Report) {

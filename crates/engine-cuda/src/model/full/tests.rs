@@ -268,6 +268,19 @@ fn a_step_is_pretrains_arithmetic_on_the_same_gradients() {
 }
 
 #[test]
+fn thirty_steps_on_one_batch_make_the_loss_fall() {
+    let mut trainer = trainer(false);
+    let mut losses = Vec::new();
+    for _ in 0..30 {
+        trainer
+            .step(&PICTURES, &TEXTS, &SIGMAS, SEED, 3e-3)
+            .expect("it runs");
+        losses.push(trainer.report().expect("it ran").loss);
+    }
+    assert!(losses[29] < 0.8 * losses[0], "{losses:?}");
+}
+
+#[test]
 fn a_restored_run_goes_on_to_the_same_bits() {
     let mut straight = trainer(true);
     let step = |trainer: &mut FullTrainer| {
