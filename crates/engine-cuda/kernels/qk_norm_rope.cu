@@ -165,6 +165,50 @@ FORWARD(128)
 BACKWARD(64)
 BACKWARD(128)
 
+// As `forward`, one warp to a row's group of heads: for rows of few heads, of which a block would leave warps idle.
+// Grid: items over ROWS_WARPS.
+#define ROWS_THREADS 256
+#define ROWS_WARPS (ROWS_THREADS / WARP)
+
+template <int DH>
+static __device__ __forceinline__ void forward_rows(T* q_out, T* k_out, T* v_out, const T* qkv, const T* wq,
+                                                    const T* wk, const float* cos, const float* sin, int rows, int n,
+                                                    int n_total, int token_offset, int heads, int in_stride,
+                                                    int out_stride, float eps) {
+    constexpr int LANES = DH / 8, HEADS = WARP / LANES;
+    const int groups = (heads + HEADS - 1) / HEADS, d = heads * LANES;
+    const int item = blockIdx.x * ROWS_WARPS + threadIdx.x / WARP;
+    if (item >= rows * groups) return;
+    const Placement p = place_row(item / groups, n, n_total, token_offset);
+    const int lane = threadIdx.x % WARP, part = lane % LANES, head = item % groups * HEADS + lane / LANES;
+    const bool here = head < heads; // all lanes take part in the sums
+    const int i = head * LANES + part;
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    const T* q_in = qkv + p.in_row * in_stride;
+    const uint4 q = here ? load_bits(q_in, i) : zero;
+    const uint4 k = here ? load_bits(q_in, i + d) : zero;
+    const uint4 v = here ? load_bits(q_in, i + 2 * d) : zero;
+    const Angles angles = load_angles(cos, sin, p.position * DH + part * 8);
+    const Vec8 q_done = norm_rotate<LANES>(unpack8(q), load8(wq, part), angles, eps);
+    const Vec8 k_done = norm_rotate<LANES>(unpack8(k), load8(wk, part), angles, eps);
+    const long long out = p.out_row * out_stride;
+    if (here) {
+        store8(q_out + out, i, q_done);
+        store8(k_out + out, i, k_done);
+        store_bits(v_out + out, i, v);
+    }
+}
+
+#define FORWARD_ROWS(DH)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS) qk_norm_rope_rows_##DH(                                 \
+        T* q_out, T* k_out, T* v_out, const T* qkv, const T* wq, const T* wk, const float* cos, const float* sin,      \
+        int rows, int n, int n_total, int token_offset, int heads, int in_stride, int out_stride, float eps) {         \
+        forward_rows<DH>(q_out, k_out, v_out, qkv, wq, wk, cos, sin, rows, n, n_total, token_offset, heads, in_stride, \
+                         out_stride, eps);                                                                             \
+    }
+FORWARD_ROWS(64)
+FORWARD_ROWS(128)
+
 // Pairs of a head that one lane holds in the form for any width.
 #define PAIRS 4
 
@@ -269,8 +313,9 @@ extern "C" __global__ void __launch_bounds__(ROPE_THREADS)
 }
 
 // Going back with the gradients of the norms' weights too: Σ over tokens and heads of (the turned-back gradient)·x·r.
-// A grid of any size; warps take pairs of row and group of heads in turn. Each block writes its sums of queries' and
-// keys' weights to partials[block][2][dh], which `finish_sums_f32` adds up.
+// Warps take rows in turn; blocks write their sums of queries' and keys' weights to partials[block][2][dh], which
+// `finish_sums_f32` adds up. The 64- and 128-wide forms have a grid of (parts of rows, groups of heads) and also sum up
+// the result, for the bias before it, to bias_partials[part][3·d].
 #define SUM_THREADS 256
 #define SUM_WARPS (SUM_THREADS / WARP)
 
@@ -299,63 +344,83 @@ static __device__ __forceinline__ Vec8 norm_rotate_backward_sums(const Vec8& dou
 }
 
 template <int DH>
-static __device__ __forceinline__ void backward_sums(T* dqkv, float* partials, const T* dq, const T* dk, const T* dv,
-                                                     const T* qkv, const T* wq, const T* wk, const float* cos,
-                                                     const float* sin, int rows, int n, int n_total, int token_offset,
-                                                     int heads, int in_stride, int out_stride, float eps) {
-    constexpr int LANES = DH / 8, HEADS = WARP / LANES;
-    __shared__ __align__(16) float scratch[SUM_WARPS][2][WARP * 8];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = lane % LANES;
-    const int groups = (heads + HEADS - 1) / HEADS, d = heads * LANES;
+static __device__ __forceinline__ void backward_sums(T* dqkv, float* partials, float* bias_partials, const T* dq,
+                                                     const T* dk, const T* dv, const T* qkv, const T* wq, const T* wk,
+                                                     const float* cos, const float* sin, int rows, int n, int n_total,
+                                                     int token_offset, int heads, int in_stride, int out_stride,
+                                                     float eps) {
+    constexpr int LANES = DH / 8, HEADS = WARP / LANES, GROUP = WARP * 8;
+    __shared__ __align__(16) float scratch[SUM_WARPS][5][GROUP];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = lane % LANES, d = heads * LANES;
+    const int head = blockIdx.y * HEADS + lane / LANES, i = head * LANES + part;
+    const bool here = head < heads; // all lanes take part in the sums
     const Vec8 weight_q = load8(wq, part), weight_k = load8(wk, part);
-    Vec8 q_sums, k_sums;
+    // Of the weights of queries and keys, then of the results of queries, keys and values.
+    Vec8 sums[5];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) q_sums.v[j] = k_sums.v[j] = 0.0f;
-    const long long items = (long long)rows * groups, step = (long long)gridDim.x * SUM_WARPS;
-    for (long long item = (long long)blockIdx.x * SUM_WARPS + warp; item < items; item += step) {
-        const Placement p = place_row((int)(item / groups), n, n_total, token_offset);
-        const Angles angles = load_angles(cos, sin, p.position * DH + part * 8);
+    for (int o = 0; o < 5; ++o)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sums[o].v[j] = 0.0f;
+    for (int row = blockIdx.x * SUM_WARPS + warp; row < rows; row += gridDim.x * SUM_WARPS) {
+        const Placement p = place_row(row, n, n_total, token_offset);
         const T* q_in = qkv + p.in_row * in_stride;
         T* d_row = dqkv + p.in_row * in_stride;
         const long long out = p.out_row * out_stride;
-        const int head = (int)(item % groups) * HEADS + lane / LANES;
-        const bool here = head < heads; // all lanes take part in the sums
-        const int i = head * LANES + part;
         const uint4 zero = make_uint4(0, 0, 0, 0);
         const uint4 q = here ? load_bits(q_in, i) : zero;
         const uint4 k = here ? load_bits(q_in, i + d) : zero;
         const uint4 q_grad = here ? load_bits(dq + out, i) : zero;
         const uint4 k_grad = here ? load_bits(dk + out, i) : zero;
         const uint4 v_grad = here ? load_bits(dv + out, i) : zero;
+        const Angles angles = load_angles(cos, sin, p.position * DH + part * 8);
         const Vec8 q_done =
-            norm_rotate_backward_sums<LANES>(unpack8(q_grad), unpack8(q), weight_q, angles, eps, q_sums);
+            norm_rotate_backward_sums<LANES>(unpack8(q_grad), unpack8(q), weight_q, angles, eps, sums[0]);
         const Vec8 k_done =
-            norm_rotate_backward_sums<LANES>(unpack8(k_grad), unpack8(k), weight_k, angles, eps, k_sums);
+            norm_rotate_backward_sums<LANES>(unpack8(k_grad), unpack8(k), weight_k, angles, eps, sums[1]);
+        const Vec8 v_done = unpack8(v_grad);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            sums[2].v[j] += q_done.v[j];
+            sums[3].v[j] += k_done.v[j];
+            sums[4].v[j] += v_done.v[j];
+        }
         if (here) {
             store8(d_row, i, q_done);
             store8(d_row, i + d, k_done);
             store_bits(d_row, i + 2 * d, v_grad);
         }
     }
-    store8_f32(scratch[warp][0], lane, q_sums);
-    store8_f32(scratch[warp][1], lane, k_sums);
+#pragma unroll
+    for (int o = 0; o < 5; ++o) store8_f32(scratch[warp][o], lane, sums[o]);
     __syncthreads();
+    const int column = blockIdx.y * GROUP + threadIdx.x, width = heads * DH;
+    if (column < width) {
+        float* to = bias_partials + (long long)blockIdx.x * 3 * width + column;
+#pragma unroll
+        for (int o = 0; o < 3; ++o) {
+            float total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < SUM_WARPS; ++w) total += scratch[w][2 + o][threadIdx.x];
+            to[o * width] = total;
+        }
+    }
     if (threadIdx.x >= 2 * DH) return;
     const int side = threadIdx.x / DH, channel = threadIdx.x % DH;
     float total = 0.0f;
     for (int w = 0; w < SUM_WARPS; ++w)
 #pragma unroll
-        for (int head = 0; head < HEADS; ++head) total += scratch[w][side][head * DH + channel];
-    partials[((long long)blockIdx.x * 2 + side) * DH + channel] = total;
+        for (int h = 0; h < HEADS; ++h) total += scratch[w][side][h * DH + channel];
+    const long long block = (long long)blockIdx.x * gridDim.y + blockIdx.y;
+    partials[(block * 2 + side) * DH + channel] = total;
 }
 
 #define BACKWARD_SUMS(DH)                                                                                              \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS) qk_norm_rope_backward_sums_##DH(                         \
-        T* dqkv, float* partials, const T* dq, const T* dk, const T* dv, const T* qkv, const T* wq, const T* wk,       \
-        const float* cos, const float* sin, int rows, int n, int n_total, int token_offset, int heads, int in_stride,  \
-        int out_stride, float eps) {                                                                                   \
-        backward_sums<DH>(dqkv, partials, dq, dk, dv, qkv, wq, wk, cos, sin, rows, n, n_total, token_offset, heads,    \
-                          in_stride, out_stride, eps);                                                                 \
+        T* dqkv, float* partials, float* bias_partials, const T* dq, const T* dk, const T* dv, const T* qkv,           \
+        const T* wq, const T* wk, const float* cos, const float* sin, int rows, int n, int n_total, int token_offset,  \
+        int heads, int in_stride, int out_stride, float eps) {                                                         \
+        backward_sums<DH>(dqkv, partials, bias_partials, dq, dk, dv, qkv, wq, wk, cos, sin, rows, n, n_total,          \
+                          token_offset, heads, in_stride, out_stride, eps);                                            \
     }
 BACKWARD_SUMS(64)
 BACKWARD_SUMS(128)

@@ -224,9 +224,9 @@ impl DoubleWeights {
             let inside = cx.arena.mark();
             let dproducts = cx.half(rows * 3 * d);
             let saved = kept.streams[s].qkv;
-            let (norms, norm_gradients) = (w.norms, w.norm_gradients);
+            let (norms, gradients) = (w.norms, w.qkv.head_gradients(w.norm_gradients));
             let shape = joint.stream(s);
-            joint.split_backward(cx, dproducts, dqkv, saved, norms, norm_gradients, shape)?;
+            joint.split_backward(cx, dproducts, dqkv, saved, norms, gradients, shape)?;
             let places = [0, 1].map(|i| offset + (6 * s + i) * d);
             let samples = joint.samples(s);
             let all = kept.streams[s].all;

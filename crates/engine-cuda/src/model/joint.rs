@@ -87,7 +87,8 @@ impl Joint<'_> {
         )
     }
 
-    /// Gradient of [`Joint::split`]'s input, and of the norms' weights where there is a place for them.
+    /// Gradient of [`Joint::split`]'s input, and of the norms' weights and the input's bias where there is a place for
+    /// them.
     #[allow(clippy::too_many_arguments)] // a kernel's
     pub fn split_backward(
         &self,
@@ -96,19 +97,20 @@ impl Joint<'_> {
         [dq, dk, dv]: Qkv,
         input: View,
         [wq, wk]: [View; 2],
-        norm_gradients: Option<[View; 2]>,
+        gradients: Option<([View; 2], View)>,
         shape: HeadShape,
     ) -> Result<(), CudaError> {
         let Rope { cos, sin } = self.rope;
         let epsilon = NORM_EPSILON as f32;
-        if let Some(gradients) = norm_gradients {
+        if let Some((norm_gradients, bias)) = gradients {
             let mark = cx.arena.mark();
             let partials = cx.f32(rope::sums_len(&shape));
             rope::qk_norm_rope_backward_sums(
                 cx.stream,
                 cx.t,
                 dinput,
-                gradients,
+                norm_gradients,
+                bias,
                 [dq, dk, dv],
                 input,
                 [wq, wk],

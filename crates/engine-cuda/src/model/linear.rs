@@ -114,9 +114,9 @@ pub struct LinearGradients {
     pub weight: View,
     /// `f32 [out]`.
     pub bias: View,
-    /// How many of the first outputs' bias gradients [`Linear::backward`] sums up. Those of the others fall out where
-    /// the gradient of the output is made: behind a gate or GELU.
-    pub num_summed: usize,
+    /// Whether [`Linear::backward`] sums up the bias's gradient. Otherwise it falls out where the gradient of the output
+    /// is made: behind a gate, GELU or head norms.
+    pub sums_bias: bool,
 }
 
 impl Linear {
@@ -141,7 +141,7 @@ impl Linear {
         let Some(LinearGradients {
             weight,
             bias,
-            num_summed,
+            sums_bias,
         }) = self.gradients
         else {
             return Ok(());
@@ -161,15 +161,21 @@ impl Linear {
             bias: None,
         };
         cx.stream.product(cx.t, &product)?;
-        if num_summed == 0 {
+        if !sums_bias {
             return Ok(());
         }
         let mark = cx.arena.mark();
-        let partials = cx.f32(sums::partials_len(1, rows, num_summed, 1));
+        let partials = cx.f32(sums::partials_len(1, rows, out, 1));
         let (s, t) = (cx.stream, cx.t);
-        sums::columns(s, t, bias, dy, dy_stride, rows, num_summed, partials)?;
+        sums::columns(s, t, bias, dy, dy_stride, rows, out, partials)?;
         cx.arena.release(mark);
         Ok(())
+    }
+
+    /// Where gradients of the head norms' weights and of this layer's bias go, if all of it is trained: the layer's
+    /// first outputs are what the norms see.
+    pub fn head_gradients(&self, norms: Option<[View; 2]>) -> Option<([View; 2], View)> {
+        Some((norms?, self.gradients?.bias))
     }
 
     /// `dx = dy·gelu′(x)`, each with its row stride, where `x` are these outputs of the layer; and the gradient of

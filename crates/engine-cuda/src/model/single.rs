@@ -213,9 +213,10 @@ impl SingleWeights {
         let dqkv = joint.qkv(cx);
         let o = (kept.o, Self::o_stride(joint, kept));
         joint.attend_backward(cx, dqkv, (dboth, d + mlp), o, kept.sums, qkv)?;
-        let (norms, norm_gradients) = (self.norms, self.norm_gradients);
+        let norms = self.norms;
+        let gradients = self.input.head_gradients(self.norm_gradients);
         let products = kept.products;
-        joint.split_backward(cx, dproducts, dqkv, products, norms, norm_gradients, whole)?;
+        joint.split_backward(cx, dproducts, dqkv, products, norms, gradients, whole)?;
         cx.arena.release(inside);
         let normed = match (kept.all, self.input.needs_input()) {
             (Some(all), _) => Some(all.normed),

@@ -24,6 +24,11 @@ static ROPE: Module = Module {
 /// `ROPE_THREADS` of the kernels.
 const THREADS: u32 = 128;
 
+/// Warps of such a block, and `ROWS_THREADS` and `ROWS_WARPS` of the kernels that give each row's heads a warp.
+const WARPS: usize = 4;
+const ROWS_THREADS: u32 = 256;
+const ROWS_WARPS: usize = 8;
+
 /// `SUM_THREADS` of the kernels that sum up the weights' gradients, and the most blocks of them: four for each of 132
 /// multiprocessors.
 const SUM_THREADS: u32 = 256;
@@ -88,6 +93,11 @@ impl HeadShape {
 
     fn width(&self) -> usize {
         self.h * self.dh
+    }
+
+    /// Groups of heads that a warp takes at eight channels a lane.
+    fn groups(&self) -> usize {
+        self.width().div_ceil(256)
     }
 
     /// The fused rows; `view` begins with the first one's queries.
@@ -179,7 +189,29 @@ pub fn qk_norm_rope(
         .ptr(shape.weight(wk))
         .ptr(shape.table(cos))
         .ptr(shape.table(sin));
-    shape.launch(s, t, "qk_norm_rope", fast, args, eps)
+    let groups = shape.groups();
+    let rows = shape.b * shape.n;
+    if !fast || groups >= WARPS || rows == 0 {
+        return shape.launch(s, t, "qk_norm_rope", fast, args, eps);
+    }
+    // A block to a row would leave warps idle.
+    let args = args
+        .i32(rows)
+        .i32(shape.n)
+        .i32(shape.n_total)
+        .i32(shape.token_offset)
+        .i32(shape.h)
+        .i32(shape.in_stride)
+        .i32(shape.out_stride)
+        .f32(eps);
+    let launch = Launch {
+        grid: [blocks((rows * groups).div_ceil(ROWS_WARPS)), 1, 1],
+        block: [ROWS_THREADS, 1, 1],
+        shared_bytes: 0,
+    };
+    let kernel = format!("qk_norm_rope_rows_{}", shape.dh);
+    // SAFETY: the kernel's arguments; every view was compared with the sizes.
+    unsafe { s.launch(&ROPE, &[t.define()], &kernel, launch, args) }
 }
 
 /// The gradient of [`qk_norm_rope`] with respect to `qkv_in`: columns `0..3·h·dh` of each row of `dqkv`, whose stride
@@ -226,17 +258,31 @@ pub fn qk_norm_rope_backward(
 
 /// Numbers of scratch (f32) for [`qk_norm_rope_backward_sums`].
 pub fn sums_len(shape: &HeadShape) -> usize {
-    2 * sum_blocks(shape) * shape.dh
+    let (rows, columns) = (shape.b * shape.n, 3 * shape.width());
+    let fast = sum_parts(shape) * columns;
+    weight_sums_len(shape) + fast.max(sums::partials_len(1, rows, columns, 1))
 }
 
-/// Each of a block's eight warps has at least four heads' rows.
+/// Those of the weights' sums, which come first: a multiple of 64.
+fn weight_sums_len(shape: &HeadShape) -> usize {
+    (2 * shape.dh * sum_blocks(shape).max(sum_parts(shape) * shape.groups())).next_multiple_of(64)
+}
+
+/// Blocks of the form for any width; each of a block's eight warps has at least four heads' rows.
 fn sum_blocks(shape: &HeadShape) -> usize {
     (shape.b * shape.n * shape.h)
         .div_ceil(32)
         .clamp(1, SUM_BLOCKS)
 }
 
-/// [`qk_norm_rope_backward`], and the gradients of both norms' weights: `dwq`, `dwk`, f32 `[dh]`, are overwritten.
+/// Parts of rows in the other forms; each of a block's eight warps has at least four rows.
+fn sum_parts(shape: &HeadShape) -> usize {
+    let most = (SUM_BLOCKS / shape.groups().max(1)).max(1);
+    (shape.b * shape.n).div_ceil(32).clamp(1, most)
+}
+
+/// [`qk_norm_rope_backward`]; and the gradients of both norms' weights, `dwq`, `dwk`, f32 `[dh]`, and of the bias that
+/// is part of `qkv_in`, f32 `[3·h·dh]`. They are overwritten.
 ///
 /// `partials` are [`sums_len`] f32 of scratch. The order of summation depends on the sizes alone.
 ///
@@ -246,12 +292,13 @@ fn sum_blocks(shape: &HeadShape) -> usize {
 ///
 /// # Panics
 ///
-/// As [`qk_norm_rope`].
+/// As [`qk_norm_rope`]; the form for any width asks that rows are multiples of 8.
 pub fn qk_norm_rope_backward_sums(
     s: &Stream,
     t: Half,
     dqkv: View,
     [dwq, dwk]: [View; 2],
+    bias: View,
     [dq, dk, dv]: [View; 3],
     qkv_in: View,
     [wq, wk]: [View; 2],
@@ -264,9 +311,13 @@ pub fn qk_norm_rope_backward_sums(
     shape.check();
     let fast = shape.is_fast(&[dqkv, dq, dk, dv, qkv_in, wq, wk]);
     let partials = vectors(partials, sums_len(&shape), 4, "partial sums");
+    let bias_partials = partials.skip(4 * weight_sums_len(&shape));
+    let (rows, columns) = (shape.b * shape.n, 3 * shape.width());
     let args = Args::new()
         .ptr(shape.fused(dqkv, "gradients of queries, keys and values"))
-        .ptr(partials)
+        .ptr(partials);
+    let args = if fast { args.ptr(bias_partials) } else { args };
+    let args = args
         .ptr(shape.joined(dq, "gradients of queries"))
         .ptr(shape.joined(dk, "gradients of keys"))
         .ptr(shape.joined(dv, "gradients of values"))
@@ -275,26 +326,38 @@ pub fn qk_norm_rope_backward_sums(
         .ptr(shape.weight(wk))
         .ptr(shape.table(cos))
         .ptr(shape.table(sin))
-        .i32(shape.b * shape.n)
+        .i32(rows)
         .i32(shape.n)
         .i32(shape.n_total)
         .i32(shape.token_offset)
         .i32(shape.h);
-    let (kernel, args) = match fast {
-        true => (format!("qk_norm_rope_backward_sums_{}", shape.dh), args),
+    let (kernel, args, grid) = match fast {
+        true => (
+            format!("qk_norm_rope_backward_sums_{}", shape.dh),
+            args,
+            [sum_parts(&shape), shape.groups()],
+        ),
         false => (
             "qk_norm_rope_backward_sums_any".to_owned(),
             args.i32(shape.dh),
+            [sum_blocks(&shape), 1],
         ),
     };
     let args = args.i32(shape.in_stride).i32(shape.out_stride).f32(eps);
-    let parts = sum_blocks(&shape);
     let launch = Launch {
-        grid: [blocks(parts), 1, 1],
+        grid: [blocks(grid[0]), blocks(grid[1]), 1],
         block: [SUM_THREADS, 1, 1],
         shared_bytes: 0,
     };
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { s.launch(&ROPE, &[t.define()], &kernel, launch, args)? };
-    sums::finish_pair(s, t, [dwq, dwk], partials, parts, shape.dh)
+    let parts = grid[0] * grid[1];
+    sums::finish_pair(s, t, [dwq, dwk], partials, parts, shape.dh)?;
+    match fast {
+        true => sums::finish_one(s, t, bias, bias_partials, grid[0], columns),
+        false => {
+            let stride = shape.in_stride;
+            sums::columns(s, t, bias, dqkv, stride, rows, columns, bias_partials)
+        }
+    }
 }

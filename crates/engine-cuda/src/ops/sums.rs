@@ -168,6 +168,29 @@ pub(super) fn finish_pair(
     finish(s, t, "finish_sums_f32", outputs, partials, sizes, 2)
 }
 
+/// Adds up `parts` of one vector: f32 `[parts, columns]` → `[columns]`.
+///
+/// # Errors
+///
+/// If the launch fails.
+///
+/// # Panics
+///
+/// If a view is too short.
+pub(super) fn finish_one(
+    s: &Stream,
+    t: Half,
+    out: View,
+    partials: View,
+    parts: usize,
+    columns: usize,
+) -> Result<(), CudaError> {
+    let out = elements(out, columns, 4, "sums");
+    let partials = elements(partials, parts * columns, 4, "partial sums");
+    let sizes = [1, parts, columns, columns, 1];
+    finish(s, t, "finish_sums_f32", [out; 2], partials, sizes, 1)
+}
+
 /// `out = Σ_rows x`: T `[rows, columns]`, rows `stride` elements apart → f32 `[columns]`.
 ///
 /// # Errors

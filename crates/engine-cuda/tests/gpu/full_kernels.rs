@@ -536,6 +536,7 @@ fn norm_weights(bench: Bench<'_>, shape: HeadShape, report: &mut Report) {
     let gradients = [5, 6, 7].map(|seed| bench.half(&numbers(seed, b * n_total * out_stride, 1.0)));
     let outputs = [(); 2].map(|()| bench.output(2 * b * n * in_stride));
     let dw = [(); 2].map(|()| bench.output(4 * dh));
+    let bias = bench.output(4 * 3 * d);
     let partials = bench.output(4 * rope::sums_len(&shape));
     let [dq, dk, dv] = gradients.each_ref().map(|(g, _)| g.view());
     let [wq, wk] = weights.each_ref().map(|(w, _)| w.view());
@@ -562,6 +563,7 @@ fn norm_weights(bench: Bench<'_>, shape: HeadShape, report: &mut Report) {
         t,
         outputs[1].view(),
         dw.each_ref().map(|w| w.view()),
+        bias.view(),
         [dq, dk, dv],
         qkv.view(),
         [wq, wk],
@@ -585,6 +587,16 @@ fn norm_weights(bench: Bench<'_>, shape: HeadShape, report: &mut Report) {
         &format!("rope with sums against without {label}"),
         off,
         rounding(t),
+    );
+    let mut expected = vec![0.0; 3 * d];
+    for row in written[0].chunks_exact(3 * d) {
+        expected.iter_mut().zip(row).for_each(|(sum, v)| *sum += v);
+    }
+    let off = distance(&bench.read_f32(&bias), &expected);
+    report.check(
+        &format!("gradient of the bias before the head norms {label}"),
+        off,
+        2.0 * rounding(t),
     );
     for part in 0..2 {
         let mut expected = vec![0.0; dh];

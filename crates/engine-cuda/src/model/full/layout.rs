@@ -103,37 +103,33 @@ pub(super) fn train_all(network: &mut Network, slab: View, gradients: View) {
         linear.gradients = Some(LinearGradients {
             weight: of(weight_of(linear)),
             bias: of(linear.bias),
-            num_summed: linear.out_features,
+            sums_bias: true,
         });
     }
-    let fewer = |linear: &mut Linear, num: usize| {
+    let elsewhere = |linear: &mut Linear| {
         linear.gradients = linear.gradients.map(|gradients| LinearGradients {
-            num_summed: num,
+            sums_bias: false,
             ..gradients
         });
     };
-    let d = network.sizes.d;
     for stream in network
         .double
         .iter_mut()
         .flat_map(|block| &mut block.streams)
     {
-        for linear in [&mut stream.out, &mut stream.up, &mut stream.down] {
-            fewer(linear, 0);
+        for linear in [
+            &mut stream.qkv,
+            &mut stream.out,
+            &mut stream.up,
+            &mut stream.down,
+        ] {
+            elsewhere(linear);
         }
-    }
-    for block in &mut network.single {
-        fewer(&mut block.input, 3 * d);
-        fewer(&mut block.output, 0);
-    }
-    for stream in network
-        .double
-        .iter_mut()
-        .flat_map(|block| &mut block.streams)
-    {
         stream.norm_gradients = Some(stream.norms.map(of));
     }
     for block in &mut network.single {
+        elsewhere(&mut block.input);
+        elsewhere(&mut block.output);
         block.norm_gradients = Some(block.norms.map(of));
     }
 }
