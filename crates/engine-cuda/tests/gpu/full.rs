@@ -93,8 +93,10 @@ impl Setting {
 
     fn step(&self, trainer: &mut FullTrainer, seed: u64) {
         let (pictures, texts, sigmas) = (self.pictures(), self.texts(), self.sigmas());
+        // Adam moves all inputs of an output alike: the wider, the smaller its steps must be.
+        let learning_rate = 0.15 / self.config.width() as f64;
         trainer
-            .step(&pictures, &texts, &sigmas, seed, 3e-3)
+            .step(&pictures, &texts, &sigmas, seed, learning_rate)
             .expect("it runs");
     }
 
