@@ -1,7 +1,8 @@
-//! Versions of a captioned picture whose captions say what was done: recoloured, on a coloured ground, small and aside.
+//! Versions of a captioned picture whose captions say what was done: recoloured, on a coloured ground, small and aside,
+//! in two colours.
 //!
 //! A caption is `style, subject`, as the corpora have it; what was done is said where a person would say it: the colour
-//! before the subject, ground and place behind it.
+//! before the subject; ground, place and parts behind it.
 
 use flow_matching::noise::{Purpose, Stream};
 use pixel_art::{Rgb8, Rgba8};
@@ -62,6 +63,25 @@ const PLACES: [(&str, [f32; 2]); 5] = [
 /// Side of a small picture as a share of the whole.
 const SMALL: f32 = 0.55;
 
+/// Where a picture in two colours changes from one to the other, as a share of the subject's height.
+const PARTED_AT: [f32; 5] = [0.35, 0.42, 0.5, 0.58, 0.65];
+
+/// What is done to a picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Another colour, or another ground where the caption names colours already.
+    Tint,
+    /// Another ground, perhaps in another colour.
+    Ground,
+    /// Smaller, at one of the places, perhaps in another colour.
+    Small,
+    /// Another colour above than below, or another ground where the caption names colours already.
+    TwoTone,
+}
+
+/// The kinds in turn.
+const KINDS: [Kind; 4] = [Kind::Tint, Kind::Ground, Kind::Small, Kind::TwoTone];
+
 /// What stands behind a picture that says nothing about it.
 pub const BACKGROUND: [u8; 3] = [255, 255, 255];
 
@@ -80,9 +100,14 @@ pub fn variant(
     let mut stream = Stream::new(seed, Purpose::Augmentation, variant as u64, &key);
     let (style, subject) = caption.split_once(", ").unwrap_or(("", caption));
     let may_tint = !COLOR_WORDS.iter().any(|word| subject.contains(word));
-    // The kinds in turn; each may be joined by a colour.
-    let kind = variant % 3;
-    let tint_share = [0.25, 1.0, 0.5][kind];
+    let kind = KINDS[(variant - 1) % KINDS.len()];
+    // A kind may be joined by a colour.
+    let tint_share = match kind {
+        Kind::Tint => 1.0,
+        Kind::Ground => 0.5,
+        Kind::Small => 0.25,
+        Kind::TwoTone => 0.0,
+    };
     let mut picture = picture.clone();
     let mut subject = subject.to_owned();
     let tint = draw(&mut stream, &COLORS);
@@ -91,13 +116,20 @@ pub fn variant(
         picture = tinted(&picture, tint.1);
         subject = format!("{} {subject}", tint.0);
     }
+    let is_two_toned = kind == Kind::TwoTone && may_tint;
+    if is_two_toned {
+        let below = draw(&mut stream, &COLORS);
+        picture = two_toned(&picture, tint.1, below.1, draw(&mut stream, &PARTED_AT));
+        subject = format!("{subject}, {} top, {} bottom", tint.0, below.0);
+    }
     let mut ground = BACKGROUND;
-    if kind == 2 || (kind == 1 && !is_tinted) {
+    let has_color = is_tinted || is_two_toned;
+    if kind == Kind::Ground || (kind != Kind::Small && !has_color) {
         let (word, color) = draw(&mut stream, &COLORS);
         ground = color;
         subject = format!("{subject}, {word} background");
     }
-    if kind == 0 {
+    if kind == Kind::Small {
         let (words, place) = draw(&mut stream, &PLACES);
         picture = moved(&picture, place);
         subject = format!("{subject}, small, {words}");
@@ -133,6 +165,27 @@ fn tinted(picture: &Rgba8, color: [u8; 3]) -> Rgba8 {
         }
     }
     picture
+}
+
+/// [`tinted`] in one colour above a line and in another below it. The line lies at a share of the height between the
+/// first and the last row with anything in it.
+fn two_toned(picture: &Rgba8, above: [u8; 3], below: [u8; 3], at: f32) -> Rgba8 {
+    let row_bytes = (picture.width_px * 4) as usize;
+    let has_anything = |row: &[u8]| row.chunks_exact(4).any(|pixel| pixel[3] > 0);
+    let mut filled = picture.pixels.chunks_exact(row_bytes).map(has_anything);
+    let first = filled.position(|filled| filled).unwrap_or(0);
+    let last = first
+        + filled
+            .enumerate()
+            .filter(|(_, f)| *f)
+            .map(|(i, _)| i + 1)
+            .max()
+            .unwrap_or(0);
+    let line = first + ((last + 1 - first) as f32 * at).round() as usize;
+    let mut both = tinted(picture, above);
+    let lower = tinted(picture, below);
+    both.pixels[line * row_bytes..].copy_from_slice(&lower.pixels[line * row_bytes..]);
+    both
 }
 
 /// Made smaller, and put at a place of an empty picture of the old size.
@@ -232,6 +285,24 @@ mod tests {
         let color = subject.strip_suffix(" disc").expect("the subject is last");
         assert_eq!(style, "3d emoji");
         assert!(COLORS.iter().any(|(word, _)| *word == color), "{caption}");
+    }
+
+    #[test]
+    fn a_picture_in_two_colours_says_which_is_above() {
+        let tall = Rgba8::new(1, 40, [[120, 120, 120, 255]; 40].concat());
+        let (picture, caption) = variant(&tall, "3d emoji, disc", 3, 4, 1);
+        let (_, parts) = caption.split_once("disc, ").expect("the subject is first");
+        let (above, below) = parts.split_once(" top, ").expect("two parts");
+        let below = below.strip_suffix(" bottom").expect("the lower is last");
+        let shade = |word: &str| {
+            let (_, color) = COLORS.iter().find(|(w, _)| *w == word).expect("a word");
+            let flat = Rgba8::new(1, 1, vec![120, 120, 120, 255]);
+            tinted(&flat, *color).over(BACKGROUND).pixel(0, 0)
+        };
+        assert_eq!(picture.pixel(0, 0), shade(above));
+        assert_eq!(picture.pixel(0, 39), shade(below));
+        assert_eq!(picture.pixel(0, 13), shade(above));
+        assert_eq!(picture.pixel(0, 26), shade(below));
     }
 
     #[test]

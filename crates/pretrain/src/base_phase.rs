@@ -1,4 +1,4 @@
-//! The second phase: the transformer, with T5 and CLIP from scratch beside it, by flow matching.
+//! The third phase: the transformer, with T5 and CLIP from scratch beside it, by flow matching.
 //!
 //! Latents of every version of every picture are computed once and stay on the device as mean and deviation; each use
 //! draws from the posterior anew. Velocity is compared token by token, all noise levels weighted alike.
@@ -11,15 +11,16 @@ use mmdit::model::BaseWeights;
 use mmdit::{Adapters, LoadOptions, Mmdit, MmditConfig, MmditInput, Rope, patchify};
 use random_base::{Part, initial_values};
 use rayon::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 use tensor::{Backend, DType, Device, ParameterSpec, Precision, Tensor, Weights, device, from_f32};
 use text_encoders::{ClipConfig, ClipTextModel, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
 
 use crate::PretrainError;
 use crate::augment::variant;
-use crate::clock::HostWork;
+use crate::clock::{HostWork, StepClock};
 use crate::recipe::{BaseRecipe, PretrainRecipe};
-use crate::run::{Ended, Run};
+use crate::results::{Learned, Phase};
+use crate::run::{Run, Traced};
 use crate::state::{Layout, TrainState};
 use crate::vae_phase::{gather, to_tensor};
 
@@ -37,6 +38,17 @@ pub(crate) struct BaseConfigs {
     pub transformer: MmditConfig,
     pub clip: ClipConfig,
     pub t5: T5Config,
+}
+
+impl BaseConfigs {
+    /// Parameters of each model, by its place.
+    pub(crate) fn parameters(&self) -> [Vec<ParameterSpec>; 3] {
+        [
+            self.transformer.parameters(),
+            self.clip.parameters(),
+            self.t5.parameters(),
+        ]
+    }
 }
 
 /// Captions as both tokenizers' ids.
@@ -105,31 +117,50 @@ impl Models {
         sigmas: &[f32],
         rope: &Rope,
     ) -> Tensor<3> {
+        velocity(
+            &self.transformer,
+            tokens,
+            self.texts(captions),
+            sigmas,
+            rope,
+        )
+    }
+
+    /// T5's states `(b, n, d)` and CLIP's pooled states `(b, d)` of captions.
+    pub(crate) fn texts(&self, captions: &[&CaptionIds]) -> (Tensor<3>, Tensor<2>) {
         let t5: Vec<Vec<u32>> = captions.iter().map(|ids| ids.t5.clone()).collect();
         let clip: Vec<Vec<u32>> = captions.iter().map(|ids| ids.clip.clone()).collect();
-        let guidance = vec![1.0; sigmas.len()];
-        let input = MmditInput {
-            hidden_states: tokens,
-            encoder_hidden_states: self.t5.encode(&t5),
-            pooled_projections: self.clip.encode(&clip).pooled,
-            timestep: sigmas,
-            guidance: self
-                .transformer
-                .config()
-                .guidance_embeds
-                .then_some(guidance.as_slice()),
-            rope,
-        };
-        self.transformer
-            .forward(&input, &Adapters::none())
-            .cast(DType::F32)
+        (self.t5.encode(&t5), self.clip.encode(&clip).pooled)
     }
+}
+
+/// Velocity of noisy latents as tokens `(b, n, 4c)`, in `f32`.
+pub(crate) fn velocity(
+    transformer: &Mmdit,
+    tokens: Tensor<3>,
+    (states, pooled): (Tensor<3>, Tensor<2>),
+    sigmas: &[f32],
+    rope: &Rope,
+) -> Tensor<3> {
+    let guidance = vec![1.0; sigmas.len()];
+    let is_guided = transformer.config().guidance_embeds;
+    let input = MmditInput {
+        hidden_states: tokens,
+        encoder_hidden_states: states,
+        pooled_projections: pooled,
+        timestep: sigmas,
+        guidance: is_guided.then_some(guidance.as_slice()),
+        rope,
+    };
+    transformer
+        .forward(&input, &Adapters::none())
+        .cast(DType::F32)
 }
 
 /// Means and deviations of latents, one picture in a row.
 pub(crate) struct Latents {
-    mean: Tensor<2>,
-    deviation: Tensor<2>,
+    pub mean: Tensor<2>,
+    pub deviation: Tensor<2>,
     /// `c h w`.
     pub shape: [usize; 3],
 }
@@ -181,110 +212,162 @@ impl Latents {
     }
 }
 
-/// Trains until done or out of time.
+/// Every version of every pair, as latents and as ids.
+pub(crate) struct Examples {
+    pub latents: Latents,
+    pub captions: Vec<CaptionIds>,
+    /// No words.
+    pub empty: CaptionIds,
+    num_pairs: usize,
+    versions: usize,
+    /// Share of draws that are pictures as they are.
+    original_share: f64,
+}
+
+/// What one step learns from.
+pub(crate) struct Drawn {
+    /// Places of the pictures in [`Examples::latents`].
+    pub pictures: Vec<usize>,
+    /// Places of their captions; `None` where the caption is dropped.
+    pub captions: Vec<Option<usize>>,
+    /// Noise levels.
+    pub sigmas: Vec<f32>,
+}
+
+impl Examples {
+    pub(crate) fn new(
+        run: &Run<'_>,
+        vae: &Autoencoder,
+        variants: usize,
+        original_share: f64,
+    ) -> Result<Self, PretrainError> {
+        let began = std::time::Instant::now();
+        let seed = run.recipe.seed;
+        let tokenizers = Tokenizers::open(run.recipe)?;
+        let corpus = run.corpus;
+        let versions = 1 + variants;
+        let num = corpus.pairs.len() * versions;
+        let version = |index: usize| {
+            let (place, number) = (index / versions, index % versions);
+            let pair = &corpus.pairs[place];
+            let picture = &corpus.pictures[pair.picture];
+            variant(picture, &pair.caption, place, number, seed)
+        };
+        let examples = Self {
+            latents: Latents::encode(vae, num, &run.device, |index| version(index).0),
+            captions: (0..num)
+                .into_par_iter()
+                .map(|index| tokenizers.ids(&version(index).1))
+                .collect::<Result<_, _>>()?,
+            empty: tokenizers.ids("")?,
+            num_pairs: corpus.pairs.len(),
+            versions,
+            original_share,
+        };
+        run.log(&json!({
+            "phase": "latents", "pictures": num, "latent_shape": examples.latents.shape,
+            "elapsed_s": began.elapsed().as_secs_f64(),
+        }))?;
+        Ok(examples)
+    }
+
+    /// A batch of a step of a phase, the same whatever ended before it.
+    pub(crate) fn draw(&self, run: &Run<'_>, phase: Phase, step: u64, batch: usize) -> Drawn {
+        let recipe = &run.recipe.base;
+        let key = format!("pretrain/{}", phase.name());
+        let mut stream = Stream::new(run.recipe.seed, Purpose::Order, step, &key);
+        let pictures: Vec<usize> = (0..batch)
+            .map(|_| {
+                let pair = stream.below(self.num_pairs as u64) as usize;
+                let is_original = f64::from(stream.uniform()) < self.original_share;
+                let number = if self.versions == 1 || is_original {
+                    0
+                } else {
+                    1 + stream.below(self.versions as u64 - 1) as usize
+                };
+                pair * self.versions + number
+            })
+            .collect();
+        let captions = pictures
+            .iter()
+            .map(|&place| (f64::from(stream.uniform()) >= recipe.caption_dropout).then_some(place))
+            .collect();
+        Drawn {
+            pictures,
+            captions,
+            sigmas: times(&mut stream, recipe, batch),
+        }
+    }
+
+    /// Noisy tokens and the velocity to be learned, with noise from the backend's seed.
+    pub(crate) fn noised(
+        &self,
+        drawn: &Drawn,
+        vae: &AutoencoderConfig,
+        device: &Device,
+    ) -> (Tensor<3>, Tensor<3>) {
+        let places = drawn.pictures.iter().map(|&place| place as i32).collect();
+        let clean = self.latents.draw(places, vae);
+        let noise = Tensor::<4>::random(clean.dims(), Distribution::Normal(0.0, 1.0), device);
+        noised(clean, noise, &drawn.sigmas)
+    }
+}
+
+/// What decides the phase's result beside what it builds on.
+fn settings(run: &Run<'_>) -> Value {
+    json!([run.recipe.base, run.recipe.corpus.variants])
+}
+
+/// Transformer and text encoders, if they are wanted or done.
 pub(crate) fn train(
     run: &Run<'_>,
     vae: &Autoencoder,
-    vae_name: &str,
     configs: &BaseConfigs,
-) -> Result<(TrainState, Ended), PretrainError> {
-    let recipe = &run.recipe.base;
-    let optimizer = &recipe.optimizer;
+) -> Result<Option<Learned>, PretrainError> {
+    let optimizer = &run.recipe.base.optimizer;
     let seed = run.recipe.seed;
     let precision = optimizer.precision().expect("a checked recipe");
-    let layout = Layout::new(vec![
-        configs.transformer.parameters(),
-        configs.clip.parameters(),
-        configs.t5.parameters(),
-    ]);
+    let models = configs.parameters();
     let d_kv = configs.t5.d_kv;
-    let mut state = TrainState::new(layout, &run.device, |model, spec| {
-        initial(model, spec, seed, d_kv)
-    });
-    let name = run.name("base", vae_name);
-    state.resume(&run.work.join("base.safetensors"), &name)?;
-    if state.step >= optimizer.steps {
-        return Ok((state, Ended::Done));
-    }
-
-    // Every pair, then its versions.
-    let tokenizers = Tokenizers::open(run.recipe)?;
-    let corpus = run.corpus;
-    let versions = 1 + run.recipe.corpus.variants;
-    let num = corpus.pairs.len() * versions;
-    let version = |index: usize| {
-        let (place, number) = (index / versions, index % versions);
-        let pair = &corpus.pairs[place];
-        variant(
-            &corpus.pictures[pair.picture],
-            &pair.caption,
-            place,
-            number,
-            seed,
-        )
-    };
-    let began = std::time::Instant::now();
-    let latents = Latents::encode(vae, num, &run.device, |index| version(index).0);
-    let captions: Vec<CaptionIds> = (0..num)
-        .into_par_iter()
-        .map(|index| tokenizers.ids(&version(index).1))
-        .collect::<Result<_, _>>()?;
-    let empty = tokenizers.ids("")?;
-    run.log(&json!({
-        "phase": "latents", "pictures": num, "latent_shape": latents.shape,
-        "elapsed_s": began.elapsed().as_secs_f64(),
-    }))?;
-
-    let training = device::training(&run.device);
-    let [_, h, w] = latents.shape;
-    let rope = Rope::for_latent(&configs.transformer, recipe.t5_tokens, [h, w], &training);
-    let ended = run.train("base", &name, optimizer, &mut state, |state, clock| {
-        let step = state.step;
-        let mut stream = Stream::new(seed, Purpose::Order, step, "pretrain/base");
-        let places: Vec<usize> = (0..optimizer.batch)
-            .map(|_| {
-                let pair = stream.below(corpus.pairs.len() as u64) as usize;
-                let is_original = f64::from(stream.uniform()) < recipe.original_share;
-                let number = if versions == 1 || is_original {
-                    0
-                } else {
-                    1 + stream.below(versions as u64 - 1) as usize
-                };
-                pair * versions + number
-            })
-            .collect();
-        let ids: Vec<&CaptionIds> = places
-            .iter()
-            .map(|&place| {
-                if f64::from(stream.uniform()) < recipe.caption_dropout {
-                    &empty
-                } else {
-                    &captions[place]
-                }
-            })
-            .collect();
-        let sigmas = times(&mut stream, recipe, optimizer.batch);
-        Backend::seed(&run.device, seed ^ (step << 8) ^ 1);
-        let clean = latents.draw(
-            places.iter().map(|&place| place as i32).collect(),
-            vae.config(),
-        );
-        let noise = Tensor::<4>::random(clean.dims(), Distribution::Normal(0.0, 1.0), &run.device);
-        let (noisy, target) = noised(clean, noise, &sigmas);
-        clock.did(HostWork::Draw);
-        let leaves = state.leaves();
-        let models = Models::load(&leaves.weights, configs, &training, precision)?;
-        clock.did(HostWork::Build);
-        let velocity = models.velocity(Tensor::from_inner(noisy), &ids, &sigmas, &rope);
-        let target: Tensor<3> = Tensor::from_inner(target);
-        let loss = (velocity - target).powi_scalar(2).mean();
-        clock.did(HostWork::Forward);
-        let gradients = loss.backward();
-        clock.did(HostWork::Backward);
-        let norm = state.update(&leaves, &gradients, optimizer);
-        Ok([loss.inner(), norm])
-    })?;
-    Ok((state, ended))
+    let upstream = run.results().digest(Phase::Autoencoder, 1)?.to_string();
+    let name = run.name(Phase::Base, &upstream, &settings(run));
+    run.learn(Phase::Base, &name, optimizer, &models, || {
+        let layout = Layout::new(models.to_vec());
+        let mut state = TrainState::new(layout, &run.device, |model, spec| {
+            initial(model, spec, seed, d_kv)
+        });
+        state.resume(&run.checkpoint(Phase::Base), &name)?;
+        let recipe = run.recipe;
+        let examples = Examples::new(run, vae, recipe.corpus.variants, recipe.base.original_share)?;
+        let training = device::training(&run.device);
+        let [_, h, w] = examples.latents.shape;
+        let t5_tokens = run.recipe.base.t5_tokens;
+        let rope = Rope::for_latent(&configs.transformer, t5_tokens, [h, w], &training);
+        let step = move |state: &mut TrainState, clock: &mut StepClock| {
+            let step = state.step;
+            let drawn = examples.draw(run, Phase::Base, step, optimizer.batch);
+            let captions = drawn.captions.iter();
+            let ids: Vec<&CaptionIds> = captions
+                .map(|place| place.map_or(&examples.empty, |place| &examples.captions[place]))
+                .collect();
+            Backend::seed(&run.device, seed ^ (step << 8) ^ 1);
+            let (noisy, target) = examples.noised(&drawn, vae.config(), &run.device);
+            clock.did(HostWork::Draw);
+            let leaves = state.leaves();
+            let models = Models::load(&leaves.weights, configs, &training, precision)?;
+            clock.did(HostWork::Build);
+            let noisy = Tensor::from_inner(noisy);
+            let velocity = models.velocity(noisy, &ids, &drawn.sigmas, &rope);
+            let target: Tensor<3> = Tensor::from_inner(target);
+            let loss = (velocity - target).powi_scalar(2).mean();
+            clock.did(HostWork::Forward);
+            let gradients = loss.backward();
+            clock.did(HostWork::Backward);
+            let norm = state.update(&leaves, &gradients, optimizer);
+            Ok([loss.inner(), norm])
+        };
+        Ok(Traced::begin(run, state, step))
+    })
 }
 
 /// `(1 − σ) x₀ + σ ε` and `ε − x₀` as tokens.

@@ -35,7 +35,7 @@ pub struct Pair {
 pub struct Corpus {
     /// Captioned pictures, all of the recipe's size.
     pub pictures: Vec<Rgba8>,
-    /// What both phases learn from.
+    /// What all phases learn from.
     pub pairs: Vec<Pair>,
     /// What nothing learns from.
     pub held_out: Vec<Pair>,

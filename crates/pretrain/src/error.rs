@@ -62,6 +62,12 @@ pub enum PretrainError {
         /// What differs.
         detail: String,
     },
+    /// A phase that others build on is neither wanted nor done.
+    #[error("the phase `{phase}` is not done, and what follows builds on it")]
+    NotDone {
+        /// Which phase.
+        phase: &'static str,
+    },
     /// The loss is no number any more.
     #[error("the loss of the {phase} is {loss} at step {step}")]
     Diverged {
@@ -81,6 +87,9 @@ pub enum PretrainError {
     /// The device is not there.
     #[error(transparent)]
     Device(#[from] tensor::DeviceError),
+    /// The card that refines the transformer is not there, or failed.
+    #[error("the CUDA engine cannot refine the transformer")]
+    Engine(#[from] engine_cuda::CudaError),
     /// The transformer could not be built.
     #[error(transparent)]
     Transformer(#[from] mmdit::MmditError),
@@ -107,6 +116,7 @@ impl StageError for PretrainError {
             | Self::Images { .. }
             | Self::Empty { .. }
             | Self::OtherRun { .. }
+            | Self::NotDone { .. }
             | Self::Device(_)
             | Self::Tokenizer(_) => FailureKind::BadInput,
             _ => FailureKind::Failed,
@@ -120,6 +130,7 @@ impl StageError for PretrainError {
             Self::OtherRun { .. } => {
                 Some("choose another --work directory, or remove the old checkpoint yourself".to_owned())
             }
+            Self::NotDone { phase } => Some(format!("add it: --only {phase},…, or leave --only out")),
             Self::Diverged { .. } => Some(
                 "lower optimizer.learning_rate, or take precision = \"f32\"; the last checkpoint is from before"
                     .to_owned(),

@@ -59,10 +59,11 @@ pub(crate) fn write_skeleton(
     Ok(())
 }
 
-/// Writes weights in half precision.
+/// Writes weights in half precision; `about` joins the file's metadata.
 pub(crate) fn write_weights(
     path: &Path,
     parameters: &[(ParameterSpec, Vec<f32>)],
+    about: &BTreeMap<String, String>,
 ) -> Result<(), PretrainError> {
     let halves: Vec<Vec<f16>> = parameters
         .iter()
@@ -81,7 +82,8 @@ pub(crate) fn write_weights(
     if let Some(dir) = path.parent() {
         fs_err::create_dir_all(dir).map_err(PretrainError::Read)?;
     }
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut metadata = about.clone();
+    metadata.insert("format".to_owned(), "pt".to_owned());
     write_safetensors(path, &tensors, &metadata)?;
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! Trains a small FLUX base from scratch: an autoencoder, then the transformer with its two text encoders.
 //!
 //! ```text
-//! pictures, textures ──► autoencoder ──► latents of every version of every picture ─┐
-//! captions ──► ids of T5 and CLIP ──────────────────────────────────────────────────┴─► transformer + T5 + CLIP ──► base
+//! pictures, textures ──► autoencoder ──┬─► decoder alone ───────────────────────────────────────────────────────┐
+//!                                      └─► latents of every version of every picture ─┐                         ├─► base
+//! captions ──► ids of T5 and CLIP ────────────────────────────────────────────────────┴─► transformer, T5, CLIP ┤
+//!                                                                                         └─► transformer alone ┘
 //! ```
 //!
 //! Everything learns through the modules that the pipeline runs: [`tensor::Weights::from_tensors`] builds them around
@@ -24,10 +26,13 @@ pub mod corpus;
 mod textures;
 
 mod clock;
+mod results;
 mod run;
 mod state;
 
 mod base_phase;
+mod refine_engine;
+mod refine_phase;
 mod vae_phase;
 
 mod evaluate;
@@ -36,6 +41,7 @@ mod export;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -46,11 +52,13 @@ use tensor::Device;
 use text_encoders::{ClipConfig, T5Config};
 
 use base_phase::{BaseConfigs, CLIP, Latents, Models, T5, TRANSFORMER};
-use run::{Ended, Run};
+use results::Ended;
+use run::Run;
 
 pub use corpus::Corpus;
 pub use error::PretrainError;
 pub use recipe::PretrainRecipe;
+pub use results::Phase;
 
 /// Pictures whose latents' statistics scale all latents.
 const NUM_FOR_STATISTICS: usize = 2048;
@@ -68,26 +76,27 @@ pub struct PretrainOptions {
     pub hardware: String,
     /// When to write a checkpoint and leave.
     pub max_time: Option<Duration>,
-    /// Leave after the autoencoder.
-    pub autoencoder_only: bool,
+    /// Phases that are trained; what they build on must be done, and others are left as they are.
+    pub phases: Vec<Phase>,
 }
 
 /// What came of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PretrainReport {
-    /// Whether both phases are done.
+    /// Whether all phases are done.
     pub is_done: bool,
     /// What was measured, as `evaluation.json` says it.
     pub evaluation: Value,
 }
 
-/// Trains what is left to train, measures it, and writes the base.
+/// Trains what is left to train of the wanted phases, measures it, and writes the base as far as it is.
 ///
-/// Out of time, it writes the base as far as it is, and the next call goes on.
+/// Out of time, it leaves a checkpoint, and the next call goes on.
 ///
 /// # Errors
 ///
-/// If a corpus cannot be read, a checkpoint is another run's, a loss is no number, or writing fails.
+/// If a phase that another builds on is neither wanted nor done, a checkpoint is another run's, a loss is no number, or
+/// writing fails.
 pub fn run(
     recipe: &PretrainRecipe,
     corpus: &Corpus,
@@ -102,6 +111,7 @@ pub fn run(
         corpus,
         device: options.device.clone(),
         work: work.clone(),
+        phases: options.phases.clone(),
         deadline: options.max_time.map(|time| began + time),
     };
     run.log(&json!({
@@ -119,30 +129,42 @@ pub fn run(
     export::write_skeleton(out, preset, &vae_json, &recipe.tokenizers)?;
     let vae_config = AutoencoderConfig::from_file(&out.join("vae/config.json"))?;
 
-    let (vae_state, vae_ended) = vae_phase::train(&run, &vae_config)?;
-    let vae_step = vae_state.step;
     // From here on everything sees the weights as the files have them, in half precision.
+    let nothing = BTreeMap::new();
     let vae_path = out.join("vae/diffusion_pytorch_model.safetensors");
-    export::write_weights(&vae_path, &vae_state.averaged_values(0))?;
-    drop(vae_state);
-    let mut vae = Autoencoder::open(&out.join("vae"), &run.device, evaluate::PRECISION)?;
-    let (shift, scale) = latent_scaling(&run, &vae);
+    let mut learned = vae_phase::train(&run, &vae_config)?;
+    let mut steps = json!({ "autoencoder": learned.step });
+    export::write_weights(&vae_path, &learned.models[0], &nothing)?;
+    let open = || Autoencoder::open(&out.join("vae"), &run.device, evaluate::PRECISION);
+    let (shift, scale) = latent_scaling(&run, &open()?);
     vae_json["shift_factor"] = json!(shift);
     vae_json["scaling_factor"] = json!(scale);
     export::write_json(&out.join("vae/config.json"), &vae_json)?;
-    vae = Autoencoder::open(&out.join("vae"), &run.device, evaluate::PRECISION)?;
+    let mut is_done = true;
+    if learned.ended == Ended::Done && recipe.autoencoder.decoder.steps > 0 {
+        match vae_phase::train_decoder(&run, &vae_config, &learned)? {
+            Some(decoder) => {
+                steps["decoder"] = json!(decoder.step);
+                export::write_weights(&vae_path, &decoder.models[0], &nothing)?;
+                learned = decoder;
+            }
+            None => is_done = false,
+        }
+    }
+    let vae = open()?;
     let mut evaluation = json!({
-        "autoencoder": evaluate::autoencoder(&run, &vae)?,
-        "autoencoder_steps": vae_step,
+        "autoencoder": evaluate::autoencoder(&run, &vae)?, "steps": steps,
     });
     run.log(&json!({ "phase": "autoencoder evaluation", "measured": evaluation["autoencoder"] }))?;
-    if vae_ended == Ended::Paused || options.autoencoder_only {
-        let is_done = false;
+    let leave = |evaluation: Value| {
         export::write_json(&out.join("evaluation.json"), &evaluation)?;
-        return Ok(PretrainReport {
-            is_done,
+        Ok(PretrainReport {
+            is_done: false,
             evaluation,
-        });
+        })
+    };
+    if learned.ended == Ended::Paused {
+        return leave(evaluation);
     }
 
     let configs = BaseConfigs {
@@ -151,8 +173,20 @@ pub fn run(
         clip: ClipConfig::from_file(&out.join("text_encoder/config.json"))?,
         t5: T5Config::from_file(&out.join("text_encoder_2/config.json"))?,
     };
-    let vae_name = artifacts::digest_file(&vae_path)?.to_string();
-    let (state, ended) = base_phase::train(&run, &vae, &vae_name, &configs)?;
+    let Some(mut learned) = base_phase::train(&run, &vae, &configs)? else {
+        return leave(evaluation);
+    };
+    evaluation["steps"]["base"] = json!(learned.step);
+    if learned.ended == Ended::Done && recipe.refine.optimizer.steps > 0 {
+        match refine_phase::train(&run, &vae, &configs, &learned)? {
+            Some(refined) => {
+                evaluation["steps"]["refine"] = json!(refined.step);
+                learned.models[TRANSFORMER] = refined.models.into_iter().flatten().collect();
+                learned.ended = refined.ended;
+            }
+            None => is_done = false,
+        }
+    }
     for (model, path) in [
         (
             TRANSFORMER,
@@ -161,12 +195,11 @@ pub fn run(
         (CLIP, "text_encoder/model.safetensors"),
         (T5, "text_encoder_2/model.safetensors"),
     ] {
-        export::write_weights(&out.join(path), &state.averaged_values(model))?;
+        export::write_weights(&out.join(path), &learned.models[model], &nothing)?;
     }
-    let averaged = [TRANSFORMER, CLIP, T5].map(|model| state.averaged(model));
-    let models = Models::load(&averaged, &configs, &run.device, evaluate::PRECISION)?;
+    let weights = [TRANSFORMER, CLIP, T5].map(|model| learned.weights(model));
+    let models = Models::load(&weights, &configs, &run.device, evaluate::PRECISION)?;
     evaluation["base"] = evaluate::text_following(&run, &vae, &models, &configs)?;
-    evaluation["base_steps"] = json!(state.step);
     evaluation["num_parameters"] = json!({
         "transformer": tensor::weights::num_parameters(&configs.transformer.parameters()),
         "vae": tensor::weights::num_parameters(&vae_config.parameters()),
@@ -187,7 +220,7 @@ pub fn run(
     }
     export::write_json(&index_path, &index)?;
     Ok(PretrainReport {
-        is_done: ended == Ended::Done,
+        is_done: is_done && learned.ended == Ended::Done,
         evaluation,
     })
 }

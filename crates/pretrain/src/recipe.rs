@@ -22,10 +22,12 @@ pub struct PretrainRecipe {
     pub tokenizers: PathBuf,
     /// Pictures and captions.
     pub corpus: CorpusRecipe,
-    /// The first phase.
+    /// Pictures to latents and back: the first two phases.
     pub autoencoder: AutoencoderRecipe,
-    /// The second phase.
+    /// Captions to latents: transformer and text encoders.
     pub base: BaseRecipe,
+    /// The transformer again, alone.
+    pub refine: RefineRecipe,
     /// What is measured at the end.
     pub evaluate: EvaluateRecipe,
 }
@@ -53,7 +55,7 @@ pub struct CorpusRecipe {
     pub resolution_px: u32,
     /// Share of the captioned pictures that nothing learns from.
     pub held_out_share: f64,
-    /// Recoloured, backgrounded or moved versions of each captioned picture, with captions that say so.
+    /// Recoloured, backgrounded, moved or two-coloured versions of each captioned picture, with captions that say so.
     pub variants: usize,
 }
 
@@ -91,7 +93,7 @@ pub struct OptimizerRecipe {
     pub log_every: u64,
 }
 
-/// The autoencoder's phase.
+/// The autoencoder's phases.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AutoencoderRecipe {
@@ -103,11 +105,13 @@ pub struct AutoencoderRecipe {
     pub kl_weight: f64,
     /// Share of textures (pixel art and made-up blocks) in a batch.
     pub texture_share: f64,
-    /// Optimiser.
+    /// Optimiser of the first phase: encoder and decoder together.
     pub optimizer: OptimizerRecipe,
+    /// Optimiser of the second phase: the decoder alone, on what the encoder has settled on; 0 steps for none.
+    pub decoder: OptimizerRecipe,
 }
 
-/// The transformer's phase, text encoders included.
+/// The third phase: transformer and text encoders together.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BaseRecipe {
@@ -124,6 +128,18 @@ pub struct BaseRecipe {
     /// … then shifted as sampling is at this resolution: `σ' = e^μ σ / (1 + (e^μ − 1) σ)`.
     pub shift_mu: f64,
     /// Optimiser.
+    pub optimizer: OptimizerRecipe,
+}
+
+/// The last phase: the transformer alone, its texts encoded once. Times and dropped captions are as in the base's phase.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefineRecipe {
+    /// Versions of each captioned picture, as `corpus.variants`.
+    pub variants: usize,
+    /// Share of samples that are the picture as it is.
+    pub original_share: f64,
+    /// Optimiser; 0 steps for no such phase. In `bf16` on a CUDA card our own engine trains.
     pub optimizer: OptimizerRecipe,
 }
 
@@ -187,7 +203,12 @@ impl PretrainRecipe {
             return refuse("preset", "one of `demo`, `small`, `tiny`");
         }
         let share = |value: f64| (0.0..=1.0).contains(&value);
-        for optimizer in [&self.autoencoder.optimizer, &self.base.optimizer] {
+        for optimizer in [
+            &self.autoencoder.optimizer,
+            &self.autoencoder.decoder,
+            &self.base.optimizer,
+            &self.refine.optimizer,
+        ] {
             if optimizer.precision().is_none() {
                 return refuse("optimizer.precision", "`f32` or `bf16`");
             }
@@ -205,6 +226,7 @@ impl PretrainRecipe {
             || !share(self.autoencoder.texture_share)
             || !share(self.base.caption_dropout)
             || !share(self.base.original_share)
+            || !share(self.refine.original_share)
         {
             return refuse("a share", "between 0 and 1");
         }

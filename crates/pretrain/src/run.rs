@@ -1,16 +1,17 @@
-//! What both phases share: where a run stands, when it must pause, and what it logs.
+//! What all phases share: where a run stands, when it must pause, and what it logs.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use artifacts::digest_bytes;
 use burn::tensor::backend::Backend as _;
-use serde_json::json;
-use tensor::{Backend, Device, Tensor, to_f32};
+use serde_json::{Value, json};
+use tensor::{Backend, Device, ParameterSpec, Tensor, to_f32};
 
 use crate::clock::{HostWork, StepClock};
 use crate::recipe::{OptimizerRecipe, PretrainRecipe};
+use crate::results::{Ended, Learned, Phase, Results, Values};
 use crate::state::TrainState;
 use crate::{Corpus, PretrainError};
 
@@ -21,24 +22,93 @@ pub(crate) struct Run<'a> {
     pub device: Device,
     /// Checkpoints and logs.
     pub work: PathBuf,
+    /// Phases that are trained if they are not done.
+    pub phases: Vec<Phase>,
     /// When to write a checkpoint and leave.
     pub deadline: Option<Instant>,
 }
 
-/// How a phase ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ended {
-    Done,
-    /// Out of time; the next run goes on.
-    Paused,
+/// What a phase trains, step by step.
+pub(crate) trait Training {
+    /// Optimiser steps taken.
+    fn step(&self) -> u64;
+
+    /// Makes one step and tells the clock what it did before the update; waits for nothing.
+    fn advance(&mut self, clock: &mut StepClock) -> Result<(), PretrainError>;
+
+    /// Loss of the last step and norm of its gradients.
+    fn figures(&mut self) -> Result<[f32; 2], PretrainError>;
+
+    /// Waits until the device has done what was asked of it.
+    fn wait(&mut self) -> Result<(), PretrainError>;
+
+    /// Writes a checkpoint of a run.
+    fn save(&mut self, path: &Path, run: &str) -> Result<(), PretrainError>;
+
+    /// What is kept: the averaged values of each model.
+    fn averaged(&mut self) -> Result<Vec<Values>, PretrainError>;
+}
+
+/// Training through Burn's autodiff: a state, and what makes one step of it and gives loss and norm.
+pub(crate) struct Traced<F> {
+    state: TrainState,
+    device: Device,
+    make_step: F,
+    last: Option<[Tensor<1>; 2]>,
+}
+
+impl<'t, F> Traced<F>
+where
+    F: FnMut(&mut TrainState, &mut StepClock) -> Result<[Tensor<1>; 2], PretrainError> + 't,
+{
+    pub(crate) fn begin(run: &Run<'_>, state: TrainState, make_step: F) -> Box<dyn Training + 't> {
+        Box::new(Self {
+            state,
+            device: run.device.clone(),
+            make_step,
+            last: None,
+        })
+    }
+}
+
+impl<F> Training for Traced<F>
+where
+    F: FnMut(&mut TrainState, &mut StepClock) -> Result<[Tensor<1>; 2], PretrainError>,
+{
+    fn step(&self) -> u64 {
+        self.state.step
+    }
+
+    fn advance(&mut self, clock: &mut StepClock) -> Result<(), PretrainError> {
+        self.last = Some((self.make_step)(&mut self.state, clock)?);
+        Ok(())
+    }
+
+    fn figures(&mut self) -> Result<[f32; 2], PretrainError> {
+        let [loss, norm] = self.last.as_ref().expect("a step was made");
+        Ok([to_f32(loss)[0], to_f32(norm)[0]])
+    }
+
+    fn wait(&mut self) -> Result<(), PretrainError> {
+        Ok(Backend::sync(&self.device)?)
+    }
+
+    fn save(&mut self, path: &Path, run: &str) -> Result<(), PretrainError> {
+        self.state.save(path, run)
+    }
+
+    fn averaged(&mut self) -> Result<Vec<Values>, PretrainError> {
+        Ok(self.state.averaged_values())
+    }
 }
 
 impl Run<'_> {
-    /// What a checkpoint of a phase belongs to. `upstream` is what it builds on.
-    pub(crate) fn name(&self, phase: &str, upstream: &str) -> String {
+    /// What checkpoints and results of a phase belong to. `upstream` is what it builds on, `settings` all that decides
+    /// what it learns from that.
+    pub(crate) fn name(&self, phase: Phase, upstream: &str, settings: &Value) -> String {
         let recipe = self.recipe;
         let said = json!({
-            "phase": phase,
+            "phase": phase.name(),
             "upstream": upstream,
             "preset": recipe.preset,
             "seed": recipe.seed,
@@ -48,13 +118,46 @@ impl Run<'_> {
                 json!(recipe.corpus.held_out_share),
                 json!(recipe.corpus.synthetic_textures),
             ],
-            "settings": if phase == "autoencoder" {
-                json!(recipe.autoencoder)
-            } else {
-                json!([json!(recipe.base), json!(recipe.corpus.variants)])
-            },
+            "settings": settings,
         });
         digest_bytes(said.to_string().as_bytes()).short()
+    }
+
+    pub(crate) fn results(&self) -> Results<'_> {
+        Results { work: &self.work }
+    }
+
+    pub(crate) fn checkpoint(&self, phase: Phase) -> PathBuf {
+        self.work.join(format!("{}.safetensors", phase.name()))
+    }
+
+    /// What a phase has left; or, if it is wanted, what it has learned when it is done or out of time. `begin` takes up
+    /// its checkpoint, if there is one.
+    pub(crate) fn learn<'t>(
+        &self,
+        phase: Phase,
+        name: &str,
+        optimizer: &OptimizerRecipe,
+        models: &[Vec<ParameterSpec>],
+        begin: impl FnOnce() -> Result<Box<dyn Training + 't>, PretrainError>,
+    ) -> Result<Option<Learned>, PretrainError> {
+        if let Some(learned) = self.results().read(phase, name, models)? {
+            return Ok(Some(learned));
+        }
+        if !self.phases.contains(&phase) {
+            return Ok(None);
+        }
+        let mut training = begin()?;
+        let ended = self.train(phase, name, optimizer, training.as_mut())?;
+        let learned = Learned::new(training.averaged()?, training.step(), ended);
+        if ended == Ended::Done {
+            self.results().write(phase, name, &learned)?;
+            let checkpoint = self.checkpoint(phase);
+            if checkpoint.exists() {
+                fs_err::remove_file(checkpoint).map_err(PretrainError::Read)?;
+            }
+        }
+        Ok(Some(learned))
     }
 
     pub(crate) fn is_out_of_time(&self) -> bool {
@@ -76,20 +179,20 @@ impl Run<'_> {
 
     /// Steps until the recipe's number, the deadline, or a loss that is no number.
     ///
-    /// `step` makes one step, tells the clock what it did before the update, and gives its loss and the gradients'
-    /// norm. The steps that are logged begin and end with an idle device, so that their times are theirs alone; others wait for nothing.
-    pub(crate) fn train(
+    /// The steps that are logged begin and end with an idle device, so that their times are theirs alone; others wait
+    /// for nothing.
+    fn train(
         &self,
-        phase: &'static str,
+        phase: Phase,
         name: &str,
         optimizer: &OptimizerRecipe,
-        state: &mut TrainState,
-        mut step: impl FnMut(&mut TrainState, &mut StepClock) -> Result<[Tensor<1>; 2], PretrainError>,
+        training: &mut dyn Training,
     ) -> Result<Ended, PretrainError> {
-        let path = self.work.join(format!("{phase}.safetensors"));
+        let path = self.checkpoint(phase);
+        let phase = phase.name();
         let began = Instant::now();
-        let (mut since, mut seconds_before) = (state.step, Duration::ZERO);
-        let first = state.step;
+        let first = training.step();
+        let (mut since, mut seconds_before) = (first, Duration::ZERO);
         let report = |steps: u64| {
             let elapsed_s = began.elapsed().as_secs_f64();
             self.log(&json!({
@@ -98,28 +201,28 @@ impl Run<'_> {
                 "pictures_per_s": (steps * optimizer.batch as u64) as f64 / elapsed_s,
             }))
         };
-        while state.step < optimizer.steps {
-            let number = state.step;
+        while training.step() < optimizer.steps {
+            let number = training.step();
             let is_last = number + 1 == optimizer.steps;
             let is_logged =
                 (number + 1).is_multiple_of(optimizer.log_every) || is_last || number == 0;
             if is_logged {
-                Backend::sync(&self.device)?;
+                training.wait()?;
             }
             let mut clock = StepClock::start();
-            let [loss, norm] = step(state, &mut clock)?;
+            training.advance(&mut clock)?;
             clock.did(HostWork::Update);
+            let step = training.step();
             if is_logged {
-                Backend::sync(&self.device)?;
+                training.wait()?;
                 let time = clock.device_is_idle();
-                let loss = to_f32(&loss)[0];
+                let [loss, grad_norm] = training.figures()?;
                 let elapsed = began.elapsed();
                 let seconds = (elapsed - seconds_before).as_secs_f64();
-                let rate = (state.step - since) as f64 / seconds;
-                (since, seconds_before) = (state.step, elapsed);
+                let rate = (step - since) as f64 / seconds;
+                (since, seconds_before) = (step, elapsed);
                 let mut line = json!({
-                    "phase": phase, "step": state.step, "loss": loss,
-                    "grad_norm": to_f32(&norm)[0],
+                    "phase": phase, "step": step, "loss": loss, "grad_norm": grad_norm,
                     "learning_rate": optimizer.learning_rate_at(number),
                     "steps_per_s": rate, "pictures_per_s": rate * optimizer.batch as f64,
                     "elapsed_s": elapsed.as_secs_f64(),
@@ -127,23 +230,19 @@ impl Run<'_> {
                 time.put_into(&mut line);
                 self.log(&line)?;
                 if !loss.is_finite() {
-                    return Err(PretrainError::Diverged {
-                        phase,
-                        step: state.step,
-                        loss,
-                    });
+                    return Err(PretrainError::Diverged { phase, step, loss });
                 }
             }
             let stops = self.is_out_of_time() && !is_last;
-            if stops || is_last || state.step.is_multiple_of(optimizer.checkpoint_every) {
-                state.save(&path, name)?;
+            if stops || (!is_last && step.is_multiple_of(optimizer.checkpoint_every)) {
+                training.save(&path, name)?;
             }
             if stops {
-                report(state.step - first)?;
+                report(step - first)?;
                 return Ok(Ended::Paused);
             }
         }
-        report(state.step - first)?;
+        report(training.step() - first)?;
         Ok(Ended::Done)
     }
 }

@@ -12,6 +12,7 @@ use tensor::{Device, Gradients, ParameterSpec, Tensor, Weights, from_f32, to_f32
 
 use crate::PretrainError;
 use crate::recipe::OptimizerRecipe;
+use crate::results::Values;
 
 /// Values between possible beginnings of parameters: 512 bytes.
 const ALIGNMENT: usize = 128;
@@ -45,15 +46,6 @@ impl Layout {
 
     fn all(&self) -> impl Iterator<Item = &(ParameterSpec, Range<usize>)> {
         self.models.iter().flatten()
-    }
-
-    /// One model's parameters as views of a flat tensor.
-    fn weights(&self, model: usize, flat: &Tensor<1>) -> Weights {
-        Weights::from_tensors(
-            self.models[model]
-                .iter()
-                .map(|(spec, range)| (spec.clone(), flat.clone().slice([range.clone()]))),
-        )
     }
 }
 
@@ -110,8 +102,22 @@ impl TrainState {
         }
     }
 
+    /// A state before the first step, of parameters that are among `values`.
+    pub(crate) fn from_values(layout: Layout, device: &Device, values: &Values) -> Self {
+        let values: BTreeMap<&str, &Vec<f32>> = values
+            .iter()
+            .map(|(spec, values)| (spec.name.as_str(), values))
+            .collect();
+        Self::new(layout, device, |_, spec| values[spec.name.as_str()].clone())
+    }
+
     /// The parameters as tracked leaves on the training side of the device.
     pub(crate) fn leaves(&self) -> Leaves {
+        self.leaves_beside(&[])
+    }
+
+    /// As [`TrainState::leaves`], in weights that also hold other values, on the same side and untracked.
+    pub(crate) fn leaves_beside(&self, rest: &[(ParameterSpec, Tensor<1>)]) -> Leaves {
         let mut tensors = Vec::new();
         let mut weights = Vec::new();
         for specs in &self.layout.models {
@@ -123,23 +129,23 @@ impl TrainState {
                 })
                 .collect();
             tensors.extend(leaves.iter().map(|(_, leaf)| leaf.clone()));
-            weights.push(Weights::from_tensors(leaves));
+            weights.push(Weights::from_tensors(
+                leaves.into_iter().chain(rest.iter().cloned()),
+            ));
         }
         Leaves { weights, tensors }
     }
 
-    /// One model's averaged parameters, untracked.
-    pub(crate) fn averaged(&self, model: usize) -> Weights {
-        self.layout.weights(model, &self.averaged)
-    }
-
-    /// One model's averaged parameters on the host.
-    pub(crate) fn averaged_values(&self, model: usize) -> Vec<(ParameterSpec, Vec<f32>)> {
+    /// The averaged parameters of each model, on the host.
+    pub(crate) fn averaged_values(&self) -> Vec<Values> {
         let all = to_f32(&self.averaged);
-        self.layout.models[model]
-            .iter()
-            .map(|(spec, range)| (spec.clone(), all[range.clone()].to_vec()))
-            .collect()
+        let values = |specs: &Vec<(ParameterSpec, Range<usize>)>| {
+            let of = |(spec, range): &(ParameterSpec, Range<usize>)| {
+                (spec.clone(), all[range.clone()].to_vec())
+            };
+            specs.iter().map(of).collect()
+        };
+        self.layout.models.iter().map(values).collect()
     }
 
     /// One step of AdamW with clipping by the global norm, which is given back. Nothing waits for the device.
@@ -187,10 +193,44 @@ impl TrainState {
     /// Writes a checkpoint.
     pub(crate) fn save(&self, path: &Path, run: &str) -> Result<(), PretrainError> {
         let parts = [&self.values, &self.first, &self.second, &self.averaged].map(to_f32);
-        let shape = [self.layout.length];
-        let tensors: Vec<TensorToWrite> = ["values", "first", "second", "averaged"]
+        Snapshot {
+            step: self.step,
+            parts,
+        }
+        .write(path, run)
+    }
+
+    /// Takes over a checkpoint if there is one.
+    pub(crate) fn resume(&mut self, path: &Path, run: &str) -> Result<(), PretrainError> {
+        if let Some(snapshot) = Snapshot::read(path, run, self.layout.length)? {
+            let parts = snapshot
+                .parts
+                .map(|values| from_f32(values, [self.layout.length], &self.device));
+            [self.values, self.first, self.second, self.averaged] = parts;
+            self.step = snapshot.step;
+        }
+        Ok(())
+    }
+}
+
+/// A checkpoint: all values, first and second moments, and averages, flat.
+pub(crate) struct Snapshot {
+    /// Optimiser steps taken.
+    pub step: u64,
+    /// In the order of [`PARTS`].
+    pub parts: [Vec<f32>; 4],
+}
+
+/// Names of a checkpoint's tensors.
+const PARTS: [&str; 4] = ["values", "first", "second", "averaged"];
+
+impl Snapshot {
+    /// Writes it for a run of a name.
+    pub(crate) fn write(&self, path: &Path, run: &str) -> Result<(), PretrainError> {
+        let shape = [self.parts[0].len()];
+        let tensors: Vec<TensorToWrite> = PARTS
             .into_iter()
-            .zip(&parts)
+            .zip(&self.parts)
             .map(|(name, values)| TensorToWrite {
                 name,
                 dtype: Dtype::F32,
@@ -206,10 +246,14 @@ impl TrainState {
         Ok(())
     }
 
-    /// Takes over a checkpoint if there is one; whether there was.
-    pub(crate) fn resume(&mut self, path: &Path, run: &str) -> Result<bool, PretrainError> {
+    /// Reads the checkpoint of a run of that name, if there is one, with `length` values in each part.
+    pub(crate) fn read(
+        path: &Path,
+        run: &str,
+        length: usize,
+    ) -> Result<Option<Self>, PretrainError> {
         if !path.exists() {
-            return Ok(false);
+            return Ok(None);
         }
         let file = SafetensorsFile::open(path)?;
         let other = |detail: String| PretrainError::OtherRun {
@@ -225,22 +269,17 @@ impl TrainState {
             .get("step")
             .and_then(|step| step.parse().ok());
         let step = step.ok_or_else(|| other("it does not say its step".to_owned()))?;
-        let read = |name: &str| -> Result<Tensor<1>, PretrainError> {
-            let values = file.f32(name)?;
-            if values.len() != self.layout.length {
+        let mut parts: [Vec<f32>; 4] = Default::default();
+        for (part, name) in parts.iter_mut().zip(PARTS) {
+            *part = file.f32(name)?;
+            if part.len() != length {
                 return Err(other(format!(
-                    "{name} has {} values, expected {}",
-                    values.len(),
-                    self.layout.length
+                    "{name} has {} values, expected {length}",
+                    part.len(),
                 )));
             }
-            Ok(from_f32(values, [self.layout.length], &self.device))
-        };
-        let (values, first) = (read("values")?, read("first")?);
-        let (second, averaged) = (read("second")?, read("averaged")?);
-        (self.values, self.first, self.second, self.averaged) = (values, first, second, averaged);
-        self.step = step;
-        Ok(true)
+        }
+        Ok(Some(Self { step, parts }))
     }
 }
 

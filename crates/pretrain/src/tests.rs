@@ -1,4 +1,4 @@
-//! Both phases on a handful of pictures: losses fall, an interrupted run ends as one that was not, the base is whole.
+//! All phases on a handful of pictures: losses fall, an interrupted run ends as one that was not, the base is whole.
 
 use std::path::{Path, PathBuf};
 
@@ -6,8 +6,10 @@ use pixel_art::Rgba8;
 use tensor::device::cpu;
 
 use crate::corpus::{Captioned, Corpus};
-use crate::recipe::{AutoencoderRecipe, BaseRecipe, CorpusRecipe, EvaluateRecipe, OptimizerRecipe};
-use crate::{PretrainOptions, PretrainRecipe, run};
+use crate::recipe::{
+    AutoencoderRecipe, BaseRecipe, CorpusRecipe, EvaluateRecipe, OptimizerRecipe, RefineRecipe,
+};
+use crate::{Phase, PretrainOptions, PretrainRecipe, run};
 
 /// A recipe that takes a second.
 pub(crate) fn tiny_recipe() -> PretrainRecipe {
@@ -49,6 +51,7 @@ pub(crate) fn tiny_recipe() -> PretrainRecipe {
             kl_weight: 1e-4,
             texture_share: 0.5,
             optimizer: optimizer(12, 4),
+            decoder: optimizer(6, 4),
         },
         base: BaseRecipe {
             t5_tokens: 8,
@@ -58,6 +61,11 @@ pub(crate) fn tiny_recipe() -> PretrainRecipe {
             logit_std: 1.0,
             shift_mu: 0.5,
             optimizer: optimizer(12, 4),
+        },
+        refine: RefineRecipe {
+            variants: 4,
+            original_share: 0.4,
+            optimizer: optimizer(6, 4),
         },
         evaluate: EvaluateRecipe {
             characters: PathBuf::new(),
@@ -86,7 +94,7 @@ fn options(dir: &Path) -> PretrainOptions {
         device: cpu(),
         hardware: "test".to_owned(),
         max_time: None,
-        autoencoder_only: false,
+        phases: Phase::ALL.to_vec(),
     }
 }
 
@@ -140,16 +148,31 @@ fn train_whole_and_in_parts() {
         );
     }
     let log = fs_err::read_to_string(whole.path().join("work/metrics.jsonl")).expect("it logs");
-    // Both phases log each of their 12 steps.
+    // The phases log each of their 12, 6, 12 and 6 steps.
     for field in ["host_s", "wait_s", "host_share", "steps_per_s"] {
-        assert_eq!(log.matches(&format!("\"{field}\":")).count(), 24, "{field}");
+        assert_eq!(log.matches(&format!("\"{field}\":")).count(), 36, "{field}");
     }
-    assert!(log.contains("autoencoder throughput") && log.contains("base throughput"));
+    for phase in Phase::ALL {
+        assert!(log.contains(&format!("\"{} throughput\"", phase.name())));
+    }
+    assert_eq!(
+        report.evaluation["steps"],
+        serde_json::json!({ "autoencoder": 12, "decoder": 6, "base": 12, "refine": 6 })
+    );
     let share = &report.evaluation["base"]["share_right_below_shuffled"];
     assert!(share.is_number(), "{:?}", report.evaluation);
 
     // Out of time at once, until it is done: one step a call.
     let parts = tempfile::tempdir().expect("a temporary directory");
+    let late = PretrainOptions {
+        phases: vec![Phase::Base],
+        ..options(parts.path())
+    };
+    let error = run(&recipe, &corpus, &late).expect_err("there is no autoencoder");
+    assert!(
+        error.to_string().contains("`autoencoder` is not done"),
+        "{error}"
+    );
     let hurried = PretrainOptions {
         max_time: Some(std::time::Duration::ZERO),
         ..options(parts.path())

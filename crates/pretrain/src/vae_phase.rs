@@ -1,8 +1,11 @@
-//! The first phase: an autoencoder that keeps hard edges.
+//! The first two phases: an autoencoder that keeps hard edges, then its decoder alone.
 //!
 //! Loss: mean |x̂ − x|, plus a weight times mean |∇x̂ − ∇x| over neighbours across and down, plus a weight times mean |x̂ − x|
 //! of latent cells' mean colours, plus a weight times the mean divergence of the posterior from the standard normal,
-//! ½(μ² + σ² − 1 − ln σ²), per latent value.
+//! ½(μ² + σ² − 1 − ln σ²), per latent value. The decoder alone learns by the same loss without the last part, which does
+//! not concern it.
+
+use std::collections::BTreeMap;
 
 use autoencoder::{Autoencoder, AutoencoderConfig, pixels};
 use burn::tensor::Distribution;
@@ -10,13 +13,17 @@ use burn::tensor::backend::Backend as _;
 use flow_matching::noise::{Purpose, Stream};
 use pixel_art::Rgb8;
 use random_base::{Part, initial_values};
-use tensor::{Backend, Device, IntTensor, Precision, Tensor, TensorData, device};
+use serde_json::json;
+use tensor::{
+    Backend, Device, IntTensor, ParameterSpec, Precision, Tensor, TensorData, device, from_f32,
+};
 
 use crate::PretrainError;
 use crate::augment::BACKGROUND;
-use crate::clock::HostWork;
+use crate::clock::{HostWork, StepClock};
 use crate::recipe::AutoencoderRecipe;
-use crate::run::{Ended, Run};
+use crate::results::{Learned, Phase};
+use crate::run::{Run, Traced};
 use crate::state::{Layout, TrainState};
 
 /// Pictures on the device, one in a row.
@@ -71,56 +78,69 @@ pub(crate) fn to_tensor(pictures: &[Rgb8], device: &Device) -> Tensor<4> {
     pixels::from_rgb8(&buffers, w as usize, h as usize, device, Precision::F32)
 }
 
-/// Trains until done or out of time.
-pub(crate) fn train(
-    run: &Run<'_>,
-    config: &AutoencoderConfig,
-) -> Result<(TrainState, Ended), PretrainError> {
+/// What both phases learn from.
+struct Pools {
+    captioned: Pool,
+    textures: Option<Pool>,
+}
+
+impl Pools {
+    fn new(run: &Run<'_>) -> Result<Self, PretrainError> {
+        let captioned: Vec<Rgb8> = run
+            .corpus
+            .training_pictures()
+            .into_iter()
+            .map(|place| run.corpus.pictures[place].over(BACKGROUND))
+            .collect();
+        Ok(Self {
+            captioned: Pool::new(&captioned, &run.device).ok_or(PretrainError::Empty {
+                what: "pictures for the autoencoder",
+            })?,
+            textures: Pool::new(&run.corpus.textures, &run.device),
+        })
+    }
+
+    /// A batch of a step of a phase, the same whatever ended before it.
+    fn batch(&self, run: &Run<'_>, phase: Phase, step: u64, count: usize) -> Tensor<4> {
+        let key = format!("pretrain/{}", phase.name());
+        let mut stream = Stream::new(run.recipe.seed, Purpose::Order, step, &key);
+        let share = run.recipe.autoencoder.texture_share;
+        let textures = self.textures.as_ref();
+        batch(&self.captioned, textures, &mut stream, share, count)
+    }
+}
+
+/// What the autoencoder's run is called.
+pub(crate) fn name(run: &Run<'_>) -> String {
+    let mut settings = json!(run.recipe.autoencoder);
+    if let Some(settings) = settings.as_object_mut() {
+        settings.remove("decoder");
+    }
+    run.name(Phase::Autoencoder, "", &settings)
+}
+
+/// Encoder and decoder together, until done or out of time.
+///
+/// # Errors
+///
+/// Also if they are neither wanted nor done.
+pub(crate) fn train(run: &Run<'_>, config: &AutoencoderConfig) -> Result<Learned, PretrainError> {
     let recipe = &run.recipe.autoencoder;
     let optimizer = &recipe.optimizer;
     let precision = optimizer.precision().expect("a checked recipe");
-    let layout = Layout::new(vec![config.parameters()]);
-    let mut state = TrainState::new(layout, &run.device, |_, spec| {
-        initial_values(Part::Vae, spec, run.recipe.seed)
-    });
-    let name = run.name("autoencoder", "");
-    state.resume(&run.work.join("autoencoder.safetensors"), &name)?;
-    if state.step >= optimizer.steps {
-        return Ok((state, Ended::Done));
-    }
-
-    let captioned: Vec<Rgb8> = run
-        .corpus
-        .training_pictures()
-        .into_iter()
-        .map(|place| run.corpus.pictures[place].over(BACKGROUND))
-        .collect();
-    let captioned = Pool::new(&captioned, &run.device).ok_or(PretrainError::Empty {
-        what: "pictures for the autoencoder",
-    })?;
-    let textures = Pool::new(&run.corpus.textures, &run.device);
-    let training = device::training(&run.device);
-
-    let ended = run.train(
-        "autoencoder",
-        &name,
-        optimizer,
-        &mut state,
-        |state, clock| {
+    let name = name(run);
+    let models = [config.parameters()];
+    let learned = run.learn(Phase::Autoencoder, &name, optimizer, &models, || {
+        let layout = Layout::new(models.to_vec());
+        let mut state = TrainState::new(layout, &run.device, |_, spec| {
+            initial_values(Part::Vae, spec, run.recipe.seed)
+        });
+        state.resume(&run.checkpoint(Phase::Autoencoder), &name)?;
+        let pools = Pools::new(run)?;
+        let training = device::training(&run.device);
+        let step = move |state: &mut TrainState, clock: &mut StepClock| {
             let step = state.step;
-            let mut stream = Stream::new(
-                run.recipe.seed,
-                Purpose::Order,
-                step,
-                "pretrain/autoencoder",
-            );
-            let pictures = batch(
-                &captioned,
-                textures.as_ref(),
-                &mut stream,
-                recipe.texture_share,
-                optimizer.batch,
-            );
+            let pictures = pools.batch(run, Phase::Autoencoder, step, optimizer.batch);
             clock.did(HostWork::Draw);
             Backend::seed(&run.device, run.recipe.seed ^ (step << 8));
             let leaves = state.leaves();
@@ -147,9 +167,93 @@ pub(crate) fn train(
             clock.did(HostWork::Backward);
             let norm = state.update(&leaves, &gradients, optimizer);
             Ok([loss.inner(), norm])
-        },
-    )?;
-    Ok((state, ended))
+        };
+        Ok(Traced::begin(run, state, step))
+    })?;
+    learned.ok_or(PretrainError::NotDone {
+        phase: Phase::Autoencoder.name(),
+    })
+}
+
+/// Whether a parameter belongs to the way back to pictures.
+fn is_of_decoder(spec: &ParameterSpec) -> bool {
+    spec.name.starts_with("decoder.") || spec.name.starts_with("post_quant_conv.")
+}
+
+/// The decoder alone, on the posterior's means of an encoder that stays as it is: what [`train`] left, with a better
+/// decoder, if it is wanted or done. Whole, as [`train`] gives it.
+pub(crate) fn train_decoder(
+    run: &Run<'_>,
+    config: &AutoencoderConfig,
+    autoencoder: &Learned,
+) -> Result<Option<Learned>, PretrainError> {
+    let recipe = &run.recipe.autoencoder;
+    let optimizer = &recipe.decoder;
+    let precision = optimizer.precision().expect("a checked recipe");
+    let upstream = run.results().digest(Phase::Autoencoder, 1)?.to_string();
+    let settings = json!([
+        recipe.cell_weight,
+        recipe.gradient_weight,
+        recipe.texture_share,
+        optimizer
+    ]);
+    let name = run.name(Phase::Decoder, &upstream, &settings);
+    let values = &autoencoder.models[0];
+    let of_decoder = config.parameters().into_iter().filter(is_of_decoder);
+    let models = [of_decoder.collect::<Vec<_>>()];
+    let decoder = run.learn(Phase::Decoder, &name, optimizer, &models, || {
+        let layout = Layout::new(models.to_vec());
+        let mut state = TrainState::from_values(layout, &run.device, values);
+        state.resume(&run.checkpoint(Phase::Decoder), &name)?;
+        let pools = Pools::new(run)?;
+        let training = device::training(&run.device);
+        let encoder =
+            Autoencoder::load(&autoencoder.weights(0), config, &run.device, Precision::F32)?;
+        // Beside the decoder's leaves the model wants the encoder's values, which nothing tracks.
+        let rest: Vec<(ParameterSpec, Tensor<1>)> = values
+            .iter()
+            .filter(|(spec, _)| !is_of_decoder(spec))
+            .map(|(spec, values)| {
+                let value = from_f32(values.clone(), [values.len()], &run.device);
+                (spec.clone(), Tensor::from_inner(value))
+            })
+            .collect();
+        let step = move |state: &mut TrainState, clock: &mut StepClock| {
+            let pictures = pools.batch(run, Phase::Decoder, state.step, optimizer.batch);
+            let latents = encoder.encode(pictures.clone()).mean;
+            clock.did(HostWork::Draw);
+            let leaves = state.leaves_beside(&rest);
+            let model = Autoencoder::load(&leaves.weights[0], config, &training, precision)?;
+            clock.did(HostWork::Build);
+            let latents: Tensor<4> = Tensor::from_inner(latents);
+            let decoded = model
+                .decode(latents.cast(precision.dtype()))
+                .cast(tensor::DType::F32);
+            let pictures = Tensor::from_inner(pictures);
+            let loss = distance(decoded, pictures, config.scale_factor_px(), recipe);
+            clock.did(HostWork::Forward);
+            let gradients = loss.backward();
+            clock.did(HostWork::Backward);
+            let norm = state.update(&leaves, &gradients, optimizer);
+            Ok([loss.inner(), norm])
+        };
+        Ok(Traced::begin(run, state, step))
+    })?;
+    let Some(decoder) = decoder else {
+        return Ok(None);
+    };
+    let mut better: BTreeMap<String, Vec<f32>> = decoder
+        .models
+        .into_iter()
+        .flatten()
+        .map(|(spec, values)| (spec.name, values))
+        .collect();
+    let whole = values.iter().map(|(spec, values)| {
+        let better = better.remove(&spec.name);
+        (spec.clone(), better.unwrap_or_else(|| values.clone()))
+    });
+    let whole = vec![whole.collect()];
+    Ok(Some(Learned::new(whole, decoder.step, decoder.ended)))
 }
 
 /// Captioned pictures and textures, all turned and recoloured the same way: edges and colours of any kind.

@@ -68,6 +68,30 @@ pub struct PlanOptions {
     pub json: bool,
 }
 
+/// Phases of `pretrain`, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PretrainPhase {
+    /// Encoder and decoder together
+    Autoencoder,
+    /// The decoder alone
+    Decoder,
+    /// Transformer and text encoders together
+    Base,
+    /// The transformer alone
+    Refine,
+}
+
+impl From<PretrainPhase> for pretrain::Phase {
+    fn from(phase: PretrainPhase) -> Self {
+        match phase {
+            PretrainPhase::Autoencoder => Self::Autoencoder,
+            PretrainPhase::Decoder => Self::Decoder,
+            PretrainPhase::Base => Self::Base,
+            PretrainPhase::Refine => Self::Refine,
+        }
+    }
+}
+
 /// Options of `pretrain`.
 #[derive(Clone, Debug, Args)]
 pub struct PretrainOptions {
@@ -89,9 +113,9 @@ pub struct PretrainOptions {
     /// Write a checkpoint and leave after so many seconds; the same command goes on
     #[arg(long, value_name = "SECONDS")]
     pub max_seconds: Option<u64>,
-    /// Leave after the autoencoder
-    #[arg(long)]
-    pub autoencoder_only: bool,
+    /// Train only these phases; those that they build on must be done
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "PHASE", default_values_t = PretrainPhase::value_variants().to_vec())]
+    pub only: Vec<PretrainPhase>,
     /// Print one JSON document on stdout, and nothing else there
     #[arg(long)]
     pub json: bool,

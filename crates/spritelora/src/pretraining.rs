@@ -49,7 +49,7 @@ fn try_run(options: &PretrainOptions) -> Result<PretrainReport, Failure> {
             .unwrap_or_else(|| format!("{device:?}")),
         device,
         max_time: options.max_seconds.map(Duration::from_secs),
-        autoencoder_only: options.autoencoder_only,
+        phases: options.only.iter().map(|&phase| phase.into()).collect(),
     };
     Ok(pretrain::run(&recipe, &corpus, &options)?)
 }

@@ -56,6 +56,16 @@ pub fn is_cpu(device: &Device) -> bool {
     }
 }
 
+/// Number of the CUDA device that it is, as the driver counts; none for the CPU.
+pub fn cuda_index(device: &Device) -> Option<usize> {
+    match device {
+        Device::Flex(_) => None,
+        Device::Autodiff(inner) => cuda_index(inner),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Some(device.index),
+    }
+}
+
 /// Finds the device that a person names: `auto`, `cpu`, `cuda` or `cuda:<index>`.
 ///
 /// `auto` is the first CUDA device where there is one and the build supports it, else the CPU.

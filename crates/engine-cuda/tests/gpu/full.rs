@@ -12,7 +12,7 @@ use mmdit::{Adapters, BaseWeights, LoadOptions, Mmdit, MmditConfig, MmditInput};
 use tensor::device::{cpu, training};
 use tensor::{ParameterSpec, Precision, Tensor, Weights, from_f32, to_f32};
 
-use crate::cases::{gradient_distance, open, velocity_tolerance, weights};
+use crate::cases::{gradient_distance, open, tolerances, weights};
 use crate::report::Report;
 use crate::support::{name, numbers};
 
@@ -280,7 +280,11 @@ fn one(setting: &Setting, t: Half, label: &str, report: &mut Report) {
         0.0,
     );
     let off = f64::from((loss - expected_loss).abs() / expected_loss);
-    report.check(&format!("{label}: loss"), off, velocity_tolerance(t));
+    report.check(
+        &format!("{label}: loss"),
+        off,
+        tolerances(t, &setting.config).velocity,
+    );
     let (worst, at, all) = gradient_distance(&found, &expected);
     let bound = match t {
         Half::Bf16 => 2e-2,

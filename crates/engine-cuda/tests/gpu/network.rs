@@ -16,9 +16,8 @@ use tensor::device::{cpu, training};
 use tensor::{from_f32, to_f32};
 
 use crate::cases::{
-    Batch, Case, GRADIENT_TOLERANCE, LOSS_SCALE, adapters, cases, distance, engine, factors,
-    gradient_distance, reference, reference_step, reference_velocity, training_options,
-    velocity_tolerance, weights,
+    Batch, Case, LOSS_SCALE, adapters, cases, distance, engine, factors, gradient_distance,
+    reference, reference_step, reference_velocity, tolerances, training_options, weights,
 };
 use crate::report::Report;
 use crate::support::{name, numbers};
@@ -70,7 +69,7 @@ fn one(case: &Case, t: Half, report: &mut Report) {
     report.check(
         &format!("{label}: velocity"),
         distance(&found, &base),
-        velocity_tolerance(t),
+        tolerances(t, &case.config).velocity,
     );
     engine.attach_lora(&lora, true).expect("it fits");
     let found = engine.velocity(&input).expect("it runs");
@@ -78,7 +77,7 @@ fn one(case: &Case, t: Half, report: &mut Report) {
     report.check(
         &format!("{label}: velocity under the LoRA"),
         distance(&found, &adapted),
-        velocity_tolerance(t),
+        tolerances(t, &case.config).velocity,
     );
     report.check(
         &format!("{label}: what the LoRA changes (inverse)"),
@@ -110,7 +109,7 @@ fn one(case: &Case, t: Half, report: &mut Report) {
             report.check(
                 &format!("{label}: velocity, NF4, double quantised {double_quant}"),
                 distance(&found, &expected),
-                velocity_tolerance(t),
+                tolerances(t, &case.config).velocity,
             );
         }
     }
@@ -158,17 +157,21 @@ fn gradients(
     }
     let (loss, found) = &kept[0];
     let off = f64::from((loss - expected_loss).abs() / expected_loss);
-    report.check(&format!("{label}: loss"), off, velocity_tolerance(t));
+    report.check(
+        &format!("{label}: loss"),
+        off,
+        tolerances(t, &case.config).velocity,
+    );
     let (worst, at, all) = gradient_distance(found, &expected);
     report.check(
         &format!("{label}: all gradients together"),
         all,
-        GRADIENT_TOLERANCE,
+        tolerances(t, &case.config).gradients,
     );
     report.check(
         &format!("{label}: worst gradient, {at}"),
         worst,
-        GRADIENT_TOLERANCE,
+        tolerances(t, &case.config).gradient,
     );
     let others = kept[1..].iter().filter(|other| *other != &kept[0]).count();
     report.check(
@@ -194,14 +197,14 @@ fn gradients(
         report.check(
             &format!("{label}: samples one by one against a batch"),
             apart,
-            velocity_tolerance(t),
+            tolerances(t, &case.config).velocity,
         );
         let (sum, count) = engine.loss_sum().expect("it is there");
         let off = f64::from((sum / count as f32 - loss).abs() / loss);
         report.check(
             &format!("{label}: loss, one by one"),
             off,
-            velocity_tolerance(t),
+            tolerances(t, &case.config).velocity,
         );
     }
     steps(case, label, engine, batch, report);
@@ -379,7 +382,7 @@ fn trajectories(
             &format!("{label}: {STEPS} sampler steps, true guidance {scale:?}"),
             distance(&found, &sample),
             // Guidance multiplies the difference of two velocities, and with it their rounding.
-            velocity_tolerance(t) * f64::from(scale.unwrap_or(1.0)),
+            tolerances(t, &case.config).velocity * f64::from(scale.unwrap_or(1.0)),
         );
     }
 }
