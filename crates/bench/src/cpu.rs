@@ -14,7 +14,7 @@ use engine::cpu::Cpu;
 use engine::portable::{Portable, PortableGradients};
 use engine::{
     Engine, EngineName, Factors, Gradients, HostEngine, Input, LoraOptimizer, LossScaler,
-    MicroBatch, TrainableLora, TrainingEngine,
+    MicroBatch, RunError, TrainableLora, TrainingEngine,
 };
 use engine_cpu::Transformer;
 use flow_matching::{Purpose, Stream, TrainingPoint};
@@ -72,6 +72,8 @@ enum BenchError {
     Peer(#[from] PeerError),
     #[error(transparent)]
     Transformer(#[from] mmdit::MmditError),
+    #[error(transparent)]
+    Engine(#[from] RunError),
     #[error(transparent)]
     Config(#[from] mmdit::ConfigError),
     #[error("cannot write the configuration of the transformer")]
@@ -174,7 +176,7 @@ fn measure(bench: &CpuBench) -> Result<Value, BenchError> {
     for round in 0..=bench.repeats.div_ceil(STEPS_A_TURN) {
         for figure in FIGURES {
             for contestant in &mut contestants {
-                contestant.take_turn(figure, round > 0);
+                contestant.take_turn(figure, round > 0)?;
             }
             if let Some(peer) = &mut peer {
                 let times = peer.times(figure, STEPS_A_TURN)?;
@@ -352,32 +354,33 @@ impl Contestant {
     }
 
     /// Takes some steps of a figure, and keeps their times if they count.
-    fn take_turn(&mut self, figure: &'static str, counts: bool) {
+    fn take_turn(&mut self, figure: &'static str, counts: bool) -> Result<(), RunError> {
         let [one, four] = &self.batches;
         let lora: &[Factors] = match figure {
             "sampling_step_with_lora" => &self.factors,
             _ => &[],
         };
-        self.drawing.set_lora(lora);
+        self.drawing.set_lora(lora)?;
         for _ in 0..STEPS_A_TURN {
             let start = Instant::now();
             match figure {
                 "training_step" => {
-                    self.training.step(std::slice::from_ref(four), 1.0, 1e-3);
+                    self.training.step(std::slice::from_ref(four), 1.0, 1e-3)?;
                 }
-                "sampling_step_of_4" => draw(self.drawing.as_mut(), four),
-                _ => draw(self.drawing.as_mut(), one),
+                "sampling_step_of_4" => draw(self.drawing.as_mut(), four)?,
+                _ => draw(self.drawing.as_mut(), one)?,
             }
             if counts {
                 let times = self.times.entry(figure).or_default();
                 times.push(start.elapsed().as_secs_f64());
             }
         }
+        Ok(())
     }
 }
 
 /// A sampling step: the velocity and the Euler update.
-fn draw(engine: &mut dyn Engine, batch: &MicroBatch) {
+fn draw(engine: &mut dyn Engine, batch: &MicroBatch) -> Result<(), RunError> {
     let [mut latents, _] = batch.noisy_and_target();
     let times: Vec<f32> = batch.points.iter().map(|point| point.sigma).collect();
     let velocity = engine.velocity(&Input {
@@ -387,9 +390,10 @@ fn draw(engine: &mut dyn Engine, batch: &MicroBatch) {
         timestep: &times,
         guidance: None,
         positions: &batch.positions(),
-    });
+    })?;
     for (latent, velocity) in latents.iter_mut().zip(velocity) {
         *latent -= 0.02 * velocity;
     }
     std::hint::black_box(latents);
+    Ok(())
 }

@@ -1,5 +1,7 @@
 //! The device, the one stream that all work goes through, its memory, graphs and measurements.
 
+mod dry;
+
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -31,6 +33,8 @@ pub struct Stream {
     products: Products,
     meter: RefCell<Meter>,
     allocated: Rc<Cell<usize>>,
+    /// Launches until a dry run pretends that one fails.
+    until_failure: Cell<Option<u64>>,
     /// Whether the kernels' plain forms run on host memory.
     #[cfg(test)]
     host: bool,
@@ -69,47 +73,10 @@ impl Stream {
             products,
             meter: RefCell::new(Meter::Off),
             allocated,
+            until_failure: Cell::new(None),
             #[cfg(test)]
             host: false,
         })
-    }
-
-    /// A stream without a device: allocations and launches are counted, nothing is done.
-    pub fn dry() -> Self {
-        Self {
-            context: None,
-            facts: DeviceFacts {
-                name: "dry run".to_owned(),
-                compute_capability: (9, 0),
-                multiprocessors: 132,
-                total_bytes: usize::MAX,
-                driver_version: 0,
-            },
-            kernels: Kernels::new((9, 0), None),
-            products: Products::dry(),
-            meter: RefCell::new(Meter::Count(Rates::H100, [Tally::default(); 4])),
-            allocated: Rc::new(Cell::new(0)),
-            #[cfg(test)]
-            host: false,
-        }
-    }
-
-    /// A stream whose kernels are plain Rust on host memory.
-    #[cfg(test)]
-    pub(crate) fn host() -> Self {
-        Self {
-            host: true,
-            ..Self::dry()
-        }
-    }
-
-    /// Whether this only counts.
-    pub fn is_dry(&self) -> bool {
-        #[cfg(test)]
-        if self.host {
-            return false;
-        }
-        self.context.is_none()
     }
 
     /// The device's facts.
@@ -130,11 +97,6 @@ impl Stream {
     /// Bytes in buffers that are alive: ours, not the driver's context nor kernels' code.
     pub fn allocated_bytes(&self) -> usize {
         self.allocated.get()
-    }
-
-    #[cfg(test)]
-    pub(crate) fn is_host(&self) -> bool {
-        self.host
     }
 
     pub(crate) fn products(&self) -> &Products {
@@ -233,6 +195,7 @@ impl Stream {
         bytes: f64,
         action: impl FnOnce(Option<sys::CUstream>) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
+        self.pretend_failure(name)?;
         let stream = self.raw();
         if let Meter::Count(rates, tallies) = &mut *self.meter.borrow_mut() {
             let tally = &mut tallies[work as usize];

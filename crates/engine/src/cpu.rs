@@ -9,7 +9,7 @@ use crate::choice::EngineName;
 use crate::host::Gradients;
 use crate::lora_state::TrainableLora;
 use crate::micro::MicroStep;
-use crate::{Engine, Factors, Input, Opening};
+use crate::{Engine, Factors, Input, Opening, RunError};
 
 /// `engine-cpu` for drawing and for training.
 pub struct Cpu {
@@ -41,12 +41,13 @@ impl Engine for Cpu {
         self.transformer.config()
     }
 
-    fn set_lora(&mut self, factors: &[Factors]) {
+    fn set_lora(&mut self, factors: &[Factors]) -> Result<(), RunError> {
         self.transformer.set_factors(factors);
+        Ok(())
     }
 
-    fn velocity(&mut self, input: &Input<'_>) -> Vec<f32> {
-        self.transformer.velocity(input)
+    fn velocity(&mut self, input: &Input<'_>) -> Result<Vec<f32>, RunError> {
+        Ok(self.transformer.velocity(input))
     }
 }
 
@@ -61,7 +62,7 @@ impl Gradients for Cpu {
         batch: &MicroBatch,
         guidance: f32,
         loss_factor: f32,
-    ) -> MicroStep {
+    ) -> Result<MicroStep, RunError> {
         let [noisy, target] = batch.noisy_and_target();
         let times: Vec<f32> = batch
             .points
@@ -95,7 +96,7 @@ impl Gradients for Cpu {
                 *value = slope * error;
             }
         }
-        MicroStep {
+        Ok(MicroStep {
             loss: (sum / count as f64) as f32,
             gradients: self
                 .transformer
@@ -103,6 +104,6 @@ impl Gradients for Cpu {
                 .into_iter()
                 .flatten()
                 .collect(),
-        }
+        })
     }
 }

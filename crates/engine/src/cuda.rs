@@ -1,8 +1,8 @@
 //! The engine `cuda`: `engine-cuda`, with the LoRA, its optimiser and the accumulation of gradients on the card.
 //!
 //! Training is planned for the memory that is free before the network is loaded. A card that fails in the middle of a
-//! step (it has fallen off the bus, or somebody else took its memory) is a panic: nothing can be gone on with, and the
-//! newest checkpoint is where the next run begins.
+//! step (it has fallen off the bus, or somebody else took its memory) ends the run with [`RunError::Card`]: nothing can
+//! be gone on with, and the newest checkpoint is where the next run begins.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,6 @@ use engine_cuda::{CudaError, Half, Stream, gemm};
 use flow_matching::model_time;
 use mmdit::patches::PATCH_CELLS;
 use mmdit::{BaseWeights, MmditConfig, MmditError};
-use quant::QuantError;
 use tensor::Precision;
 
 use crate::batch::MicroBatch;
@@ -27,8 +26,8 @@ use crate::plan::{
     PlanError, TrainingPlan, TrainingRequest, Workload, gigabytes, training_options,
 };
 use crate::{
-    Engine, Factors, Input, OpenError, Opening, StepReport, TrainingEngine, TrainingState,
-    Trajectory,
+    Engine, Factors, ImportError, Input, OpenError, Opening, RunError, StepReport, TrainingEngine,
+    TrainingState, Trajectory,
 };
 
 /// Kept free of what a plan may use: kernels' code, and what the driver takes for graphs.
@@ -76,11 +75,6 @@ fn load(
         form: form_of(opening.base),
     };
     Ok(model::Engine::open(stream, opening.dir, config, options)?)
-}
-
-/// What became of a call on the card.
-fn on_card<V>(outcome: Result<V, CudaError>) -> V {
-    outcome.unwrap_or_else(|error| panic!("the engine `cuda` cannot go on: {error}"))
 }
 
 /// One set of factors per layer: several add up, which is one of their joint rank with the strengths in B.
@@ -149,7 +143,7 @@ fn shape_of(b: usize, num_image_tokens: usize, positions: &[[f32; 3]]) -> Shape 
 
 /// `engine-cuda` for drawing.
 pub struct Cuda {
-    engine: model::Engine,
+    pub(crate) engine: model::Engine,
 }
 
 impl Cuda {
@@ -175,24 +169,24 @@ impl Engine for Cuda {
         self.engine.config()
     }
 
-    fn set_lora(&mut self, factors: &[Factors]) {
+    fn set_lora(&mut self, factors: &[Factors]) -> Result<(), RunError> {
         let factors = merged(factors);
-        on_card(if factors.is_empty() {
-            self.engine.detach_lora()
+        Ok(if factors.is_empty() {
+            self.engine.detach_lora()?
         } else {
-            self.engine.attach_lora(&factors, false)
-        });
+            self.engine.attach_lora(&factors, false)?
+        })
     }
 
     fn draw(
         &mut self,
         trajectory: &Trajectory<'_>,
         on_step: &mut dyn FnMut(usize, &[f32]),
-    ) -> Option<Vec<f32>> {
+    ) -> Result<Option<Vec<f32>>, RunError> {
         let config = self.engine.config();
         let b = trajectory.pooled_projections.len() / config.pooled_projection_dim.max(1);
         let num_image_tokens = trajectory.hidden_states.len() / (b * config.in_channels).max(1);
-        on_card(self.engine.start_sampling(&SamplerInput {
+        self.engine.start_sampling(&SamplerInput {
             shape: shape_of(b, num_image_tokens, trajectory.positions),
             tokens: trajectory.hidden_states,
             sigmas: trajectory.sigmas,
@@ -201,26 +195,26 @@ impl Engine for Cuda {
             pooled: trajectory.pooled_projections,
             negative: trajectory.negative,
             guidance: trajectory.guidance,
-        }));
+        })?;
         for step in 0..trajectory.times.len() {
-            on_card(self.engine.sample_step());
-            on_step(step, &on_card(self.engine.samples()));
+            self.engine.sample_step()?;
+            on_step(step, &self.engine.samples()?);
         }
-        Some(on_card(self.engine.samples()))
+        Ok(Some(self.engine.samples()?))
     }
 
-    fn velocity(&mut self, input: &Input<'_>) -> Vec<f32> {
+    fn velocity(&mut self, input: &Input<'_>) -> Result<Vec<f32>, RunError> {
         let b = input.timestep.len();
         let width = self.engine.config().in_channels;
         let num_image_tokens = input.hidden_states.len() / (b * width).max(1);
-        on_card(self.engine.velocity(&VelocityInput {
+        Ok(self.engine.velocity(&VelocityInput {
             shape: shape_of(b, num_image_tokens, input.positions),
             tokens: input.hidden_states,
             text: input.encoder_hidden_states,
             pooled: input.pooled_projections,
             times: input.timestep,
             guidance: input.guidance,
-        }))
+        })?)
     }
 }
 
@@ -289,7 +283,7 @@ fn groups(batches: &[MicroBatch], fused: usize) -> impl Iterator<Item = &[MicroB
 
 /// `engine-cuda` for training.
 pub struct CudaTraining {
-    engine: model::Engine,
+    pub(crate) engine: model::Engine,
     /// The optimiser's numbers, and what a saved state has to look like; its own moments stay at their beginning.
     template: LoraOptimizer,
     scaler: LossScaler,
@@ -359,7 +353,12 @@ impl TrainingEngine for CudaTraining {
         self.num_steps
     }
 
-    fn step(&mut self, batches: &[MicroBatch], guidance: f32, learning_rate: f64) -> StepReport {
+    fn step(
+        &mut self,
+        batches: &[MicroBatch],
+        guidance: f32,
+        learning_rate: f64,
+    ) -> Result<StepReport, RunError> {
         let loss_scale = self.scaler.scale;
         let guidance = self.engine.config().guidance_embeds.then_some(guidance);
         // Every group has the same number of samples or is a micro-batch, so the mean of groups is that of micro-batches.
@@ -367,16 +366,18 @@ impl TrainingEngine for CudaTraining {
         let loss_factor = loss_scale / num_groups as f32;
         for group in groups(batches, self.plan.fused) {
             let joined = Joined::new(group, guidance);
-            on_card(self.engine.micro_step(&joined.view(), loss_factor));
+            self.engine.micro_step(&joined.view(), loss_factor)?;
         }
-        let report = on_card(self.engine.optimizer_step(learning_rate, 1.0 / loss_scale));
+        let report = self
+            .engine
+            .optimizer_step(learning_rate, 1.0 / loss_scale)?;
         self.scaler.update(!report.skipped);
         if !report.skipped {
             self.num_steps += 1;
         }
         let bytes = self.engine.stream().allocated_bytes() + gemm::WORKSPACE_BYTES;
         self.measured_bytes = self.measured_bytes.max(Some(bytes));
-        StepReport {
+        Ok(StepReport {
             loss: report.loss,
             outcome: StepOutcome {
                 grad_norm: report.grad_norm,
@@ -384,25 +385,25 @@ impl TrainingEngine for CudaTraining {
                 skipped: report.skipped,
                 loss_scale,
             },
-        }
+        })
     }
 
-    fn lora(&self) -> Vec<Vec<f32>> {
-        let factors = on_card(self.engine.lora()).into_iter();
-        factors.flat_map(|layer| [layer.a, layer.b]).collect()
+    fn lora(&self) -> Result<Vec<Vec<f32>>, RunError> {
+        let factors = self.engine.lora()?.into_iter();
+        Ok(factors.flat_map(|layer| [layer.a, layer.b]).collect())
     }
 
-    fn export(&self) -> TrainingState {
-        let (num_steps, optimizer) = on_card(self.engine.export_optimizer());
-        TrainingState {
+    fn export(&self) -> Result<TrainingState, RunError> {
+        let (num_steps, optimizer) = self.engine.export_optimizer()?;
+        Ok(TrainingState {
             num_steps,
-            lora: self.lora(),
+            lora: self.lora()?,
             optimizer,
             scaler: self.scaler,
-        }
+        })
     }
 
-    fn import(&mut self, state: TrainingState) -> Result<(), QuantError> {
+    fn import(&mut self, state: TrainingState) -> Result<(), ImportError> {
         let TrainingState {
             num_steps,
             lora,
@@ -413,8 +414,8 @@ impl TrainingEngine for CudaTraining {
         self.template
             .clone()
             .import(num_steps, optimizer.clone(), scaler)?;
-        on_card(self.engine.import_optimizer(num_steps, optimizer));
-        on_card(self.engine.set_lora_values(&lora.concat()));
+        self.engine.import_optimizer(num_steps, optimizer)?;
+        self.engine.set_lora_values(&lora.concat())?;
         self.num_steps = num_steps;
         self.scaler = scaler;
         Ok(())
@@ -463,12 +464,12 @@ impl Gradients for CudaGradients {
         batch: &MicroBatch,
         guidance: f32,
         loss_factor: f32,
-    ) -> MicroStep {
+    ) -> Result<MicroStep, RunError> {
         let guidance = self.engine.config().guidance_embeds.then_some(guidance);
         let joined = Joined::new(std::slice::from_ref(batch), guidance);
         let engine = &mut self.engine;
-        on_card(engine.attach_lora(&merged(&lora.factors()), true));
-        on_card(engine.start_training(model::TrainingOptions {
+        engine.attach_lora(&merged(&lora.factors()), true)?;
+        engine.start_training(model::TrainingOptions {
             recompute: Recompute::Everything,
             // Never asked to take a step.
             optimizer: quant::OptimizerKind::AdamW,
@@ -479,14 +480,14 @@ impl Gradients for CudaGradients {
                 weight_decay: 0.0,
             },
             max_grad_norm: f32::INFINITY,
-        }));
-        on_card(engine.micro_step(&joined.view(), loss_factor));
-        let (loss, _) = on_card(engine.loss_sum());
-        let gradients = on_card(engine.gradients()).into_iter();
-        MicroStep {
+        })?;
+        engine.micro_step(&joined.view(), loss_factor)?;
+        let (loss, _) = engine.loss_sum()?;
+        let gradients = engine.gradients()?.into_iter();
+        Ok(MicroStep {
             loss,
             gradients: gradients.map(|(_, values)| values).collect(),
-        }
+        })
     }
 }
 

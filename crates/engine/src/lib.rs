@@ -14,7 +14,7 @@
 //!
 //! * [`choice`]: which one. * [`batch`]: what a training step is given. * [`lora_state`]: the factors being trained.
 //! * [`optimise`]: gradients into a step. * [`host`]: steps of engines that give gradients.
-//! * [`micro`], [`portable`]: Burn. * [`cpu`]: the CPU by hand. * [`cuda`]: NVIDIA by hand; [`plan`]: what training
+//! * [`failure`]: an engine that cannot go on. * [`micro`], [`portable`]: Burn. * [`cpu`]: the CPU by hand. * [`cuda`]: NVIDIA by hand; [`plan`]: what training
 //!   there takes, before anything is loaded.
 #![forbid(unsafe_code)]
 
@@ -23,6 +23,7 @@ pub mod lora_state;
 pub mod optimise;
 
 pub mod choice;
+pub mod failure;
 pub mod host;
 
 pub mod micro;
@@ -41,12 +42,13 @@ use std::path::Path;
 use engine_cuda::CudaError;
 use mmdit::{BaseWeights, MmditConfig, MmditError};
 use pipeline::{FailureKind, StageError};
-use quant::{QuantError, StatePart};
+use quant::StatePart;
 use tensor::{Device, Precision};
 
 pub use batch::MicroBatch;
 pub use choice::{EngineChoice, EngineError, EngineName, base_weights_of, precision_of};
 pub use engine_cpu::{Factors, Input};
+pub use failure::{ImportError, RunError};
 pub use host::{Gradients, HostEngine};
 pub use lora_state::TrainableLora;
 pub use micro::MicroStep;
@@ -63,14 +65,22 @@ pub trait Engine {
 
     /// Replaces the LoRAs; several on one layer add up.
     ///
+    /// # Errors
+    ///
+    /// If the engine cannot go on.
+    ///
     /// # Panics
     ///
     /// If factors are on a layer that the network has not, or are not of its size.
-    fn set_lora(&mut self, factors: &[Factors]);
+    fn set_lora(&mut self, factors: &[Factors]) -> Result<(), RunError>;
 
     /// Takes pictures through all their steps, where the engine does that by itself: the pictures as tokens,
     /// `(b, n, in_channels)`, or nothing if it only says velocities. `on_step` sees the number of each step, from 0, and
     /// the tokens behind it.
+    ///
+    /// # Errors
+    ///
+    /// If the engine cannot go on.
     ///
     /// # Panics
     ///
@@ -79,17 +89,21 @@ pub trait Engine {
         &mut self,
         _trajectory: &Trajectory<'_>,
         _on_step: &mut dyn FnMut(usize, &[f32]),
-    ) -> Option<Vec<f32>> {
-        None
+    ) -> Result<Option<Vec<f32>>, RunError> {
+        Ok(None)
     }
 
     /// The velocity of each image token: `(b, n, velocity channels)`, row-major.
+    ///
+    /// # Errors
+    ///
+    /// If the engine cannot go on.
     ///
     /// # Panics
     ///
     /// If the sizes of the inputs do not agree with one another or with the network's, or guidance is given to a
     /// network without guidance embedding (or withheld from one with it).
-    fn velocity(&mut self, input: &Input<'_>) -> Vec<f32>;
+    fn velocity(&mut self, input: &Input<'_>) -> Result<Vec<f32>, RunError>;
 }
 
 /// Euler steps from noise to pictures; everything row-major with the sample as first axis.
@@ -122,25 +136,43 @@ pub trait TrainingEngine {
     fn num_steps(&self) -> u64;
 
     /// One optimiser step on some micro-batches: their gradients' mean, clipped, through AdamW, unless one of them is
-    /// not finite.
+    /// not finite. After an error the LoRA and the optimiser's state are undefined, and no step can follow.
+    ///
+    /// # Errors
+    ///
+    /// If the engine cannot go on.
     ///
     /// # Panics
     ///
     /// If a batch's sizes are not the network's.
-    fn step(&mut self, batches: &[MicroBatch], guidance: f32, learning_rate: f64) -> StepReport;
+    fn step(
+        &mut self,
+        batches: &[MicroBatch],
+        guidance: f32,
+        learning_rate: f64,
+    ) -> Result<StepReport, RunError>;
 
     /// The LoRA's values as they are now, in the order of [`TrainableLora::names`].
-    fn lora(&self) -> Vec<Vec<f32>>;
-
-    /// Everything that a later run continues from.
-    fn export(&self) -> TrainingState;
-
-    /// Continues from a saved state. On an error nothing has changed.
     ///
     /// # Errors
     ///
-    /// If the optimiser's arrays are not those of this LoRA and optimiser.
-    fn import(&mut self, state: TrainingState) -> Result<(), QuantError>;
+    /// If the engine cannot go on.
+    fn lora(&self) -> Result<Vec<Vec<f32>>, RunError>;
+
+    /// Everything that a later run continues from.
+    ///
+    /// # Errors
+    ///
+    /// If the engine cannot go on.
+    fn export(&self) -> Result<TrainingState, RunError>;
+
+    /// Continues from a saved state.
+    ///
+    /// # Errors
+    ///
+    /// If the optimiser's arrays are not those of this LoRA and optimiser (then nothing has changed), or the engine
+    /// cannot go on.
+    fn import(&mut self, state: TrainingState) -> Result<(), ImportError>;
 
     /// What a person should know of how it went, a line each.
     fn notes(&self) -> Vec<String> {
@@ -202,14 +234,7 @@ pub enum OpenError {
 impl StageError for OpenError {
     fn kind(&self) -> FailureKind {
         match self {
-            Self::Plan(PlanError::Cuda(error)) | Self::Cuda(error) => match error {
-                CudaError::OutOfMemory { .. }
-                | CudaError::Driver { .. }
-                | CudaError::Compile { .. }
-                | CudaError::Product { .. }
-                | CudaError::Cache { .. } => FailureKind::Failed,
-                _ => FailureKind::BadInput,
-            },
+            Self::Plan(PlanError::Cuda(error)) | Self::Cuda(error) => failure::kind_of(error),
             _ => FailureKind::BadInput,
         }
     }

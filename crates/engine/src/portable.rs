@@ -9,7 +9,7 @@ use crate::choice::EngineName;
 use crate::host::Gradients;
 use crate::lora_state::TrainableLora;
 use crate::micro::{MicroStep, micro_step};
-use crate::{Engine, Factors, Input, Opening};
+use crate::{Engine, Factors, Input, Opening, RunError};
 
 /// `mmdit` for drawing.
 pub struct Portable {
@@ -78,7 +78,7 @@ impl Engine for Portable {
         self.model.config()
     }
 
-    fn set_lora(&mut self, factors: &[Factors]) {
+    fn set_lora(&mut self, factors: &[Factors]) -> Result<(), RunError> {
         let mut adapters = Adapters::none();
         for factors in factors {
             let adapter = Adapter::from_values(
@@ -94,9 +94,10 @@ impl Engine for Portable {
             panic!("{error}");
         }
         self.adapters = adapters;
+        Ok(())
     }
 
-    fn velocity(&mut self, input: &Input<'_>) -> Vec<f32> {
+    fn velocity(&mut self, input: &Input<'_>) -> Result<Vec<f32>, RunError> {
         let (model, config) = (&self.model, self.model.config());
         let b = input.timestep.len();
         let tokens = |values: &[f32], width: usize| {
@@ -112,7 +113,7 @@ impl Engine for Portable {
             guidance: input.guidance,
             rope: rope_at(model, &mut self.rope, input.positions),
         };
-        to_f32(&model.forward(&given, &self.adapters))
+        Ok(to_f32(&model.forward(&given, &self.adapters)))
     }
 }
 
@@ -143,8 +144,15 @@ impl Gradients for PortableGradients {
         batch: &MicroBatch,
         guidance: f32,
         loss_factor: f32,
-    ) -> MicroStep {
+    ) -> Result<MicroStep, RunError> {
         let rope = rope_at(&self.model, &mut self.rope, &batch.positions());
-        micro_step(&self.model, rope, lora, batch, guidance, loss_factor)
+        Ok(micro_step(
+            &self.model,
+            rope,
+            lora,
+            batch,
+            guidance,
+            loss_factor,
+        ))
     }
 }

@@ -108,7 +108,10 @@ fn difference(found: &[f32], expected: &[f32]) -> f32 {
 #[test]
 fn engines_agree_on_loss_and_gradients() {
     let lora = lora();
-    let [portable, cpu] = both().map(|mut engine| engine.micro_step(&lora, &batch(500), 2.0, 0.25));
+    let [portable, cpu] = both().map(|mut engine| {
+        let micro = engine.micro_step(&lora, &batch(500), 2.0, 0.25);
+        micro.expect("no card")
+    });
     assert!(
         (portable.loss - cpu.loss).abs() < 1e-5 * portable.loss,
         "{portable:?} {cpu:?}"
@@ -144,18 +147,30 @@ fn engines_agree_on_the_velocity_under_a_lora() {
     ];
     let [expected, found] = engines.map(|mut engine| {
         assert_eq!(engine.config(), &config);
-        let plain = engine.velocity(&input);
-        engine.set_lora(&lora().factors());
-        let adapted = engine.velocity(&input);
+        let plain = engine.velocity(&input).expect("no card");
+        engine.set_lora(&lora().factors()).expect("no card");
+        let adapted = engine.velocity(&input).expect("no card");
         assert!(difference(&adapted, &plain) > 1e-3);
         adapted
     });
     assert!(difference(&found, &expected) < 1e-5);
 }
 
-/// The engine `cuda` on a stream without a card: nothing is computed, all sizes and names are the real ones.
-fn on_no_card(accumulation: usize) -> cuda::CudaTraining {
+/// A network of the engine `cuda` on a stream without a card: nothing is computed, all sizes and names are the real ones.
+fn without_card() -> engine_cuda::model::Engine {
     use engine_cuda::model::{Engine, EngineOptions, NormalWeights, WeightForm};
+    let options = EngineOptions {
+        t: engine_cuda::Half::Bf16,
+        form: WeightForm::Half,
+    };
+    let weights = NormalWeights { std: 0.02 };
+    let stream = engine_cuda::Stream::dry();
+    let engine = Engine::load(stream, &MmditConfig::tiny(), &weights, options);
+    engine.expect("a dry run has memory enough")
+}
+
+/// Training on [`without_card`].
+fn on_no_card(accumulation: usize) -> cuda::CudaTraining {
     let config = MmditConfig::tiny();
     let (lora, shape) = (lora(), batch(1).shape);
     let optimizer = optimizer(&lora);
@@ -174,20 +189,15 @@ fn on_no_card(accumulation: usize) -> cuda::CudaTraining {
     };
     let plan = request.choose(1 << 30).expect("it is tiny");
     assert_eq!((plan.fused, plan.recomputed_blocks), (accumulation, 0));
-    let options = EngineOptions {
-        t: engine_cuda::Half::Bf16,
-        form: WeightForm::Half,
-    };
-    let weights = NormalWeights { std: 0.02 };
-    let engine = Engine::load(engine_cuda::Stream::dry(), &config, &weights, options);
-    let engine = engine.expect("a dry run has memory enough");
-    cuda::CudaTraining::new(engine, &lora, optimizer, plan).expect("attention is trained")
+    let training = cuda::CudaTraining::new(without_card(), &lora, optimizer, plan);
+    training.expect("attention is trained")
 }
 
 #[test]
 fn cuda_takes_as_much_memory_as_its_plan_says() {
     let mut engine = on_no_card(2);
-    engine.step(&[batch(1), batch(2)], 1.0, 1e-3);
+    let step = engine.step(&[batch(1), batch(2)], 1.0, 1e-3);
+    step.expect("nothing fails");
     let notes = engine.notes().join("\n");
     assert!(notes.contains("2 micro-batch(es) at once"), "{notes}");
     assert!(notes.contains("0.0 %)"), "{notes}");
@@ -196,8 +206,9 @@ fn cuda_takes_as_much_memory_as_its_plan_says() {
 #[test]
 fn cudas_state_is_named_and_sized_as_the_host_optimisers() {
     let mut engine = on_no_card(1);
-    let mut state = engine.export();
+    let mut state = engine.export().expect("nothing fails");
     let expected = HostEngine::new(Box::new(by_hand()), lora(), optimizer(&lora())).export();
+    let expected = expected.expect("no card");
     let names = |state: &TrainingState| -> Vec<String> {
         let parts = state.optimizer.iter();
         parts.map(|part| part.name.clone()).collect()
@@ -222,16 +233,75 @@ fn a_state_that_goes_out_and_in_again_continues_to_the_same_bits() {
         let mut engine = HostEngine::new(gradients, lora.clone(), optimizer(&lora));
         let name = engine.name();
         let step = |engine: &mut dyn TrainingEngine, seed| {
-            engine.step(&[batch(seed), batch(seed + 50)], 1.0, 1e-2)
+            let step = engine.step(&[batch(seed), batch(seed + 50)], 1.0, 1e-2);
+            step.expect("no card")
         };
         step(&mut engine, 100);
-        let middle = engine.export();
+        let middle = engine.export().expect("no card");
         let report = step(&mut engine, 200);
-        let end = engine.export();
+        let end = engine.export().expect("no card");
         assert_ne!(end.lora, middle.lora);
         engine.import(middle).expect("its own state");
         assert_eq!(engine.num_steps(), 1);
         assert_eq!(step(&mut engine, 200), report);
-        assert!(engine.export() == end, "{name}");
+        assert!(engine.export().expect("no card") == end, "{name}");
     }
+}
+
+fn launches(engine: &engine_cuda::model::Engine) -> u64 {
+    let tallies = engine.stream().tallies();
+    tallies.iter().map(|tally| tally.launches).sum()
+}
+
+/// The error says which call failed and what to do, and ends a stage with exit code 1.
+fn assert_says_what_failed(error: &RunError) {
+    let RunError::Card(CudaError::Driver { call, code }) = error else {
+        panic!("{error:?}");
+    };
+    assert!(!call.is_empty() && code == "CUDA_ERROR_LAUNCH_FAILED");
+    assert_eq!(error.kind().exit_code(), 1);
+    assert!(error.help().is_some_and(|help| help.contains("Xid")));
+}
+
+#[test]
+fn a_card_that_is_lost_in_a_step_is_an_error_wherever_it_happens() {
+    let step = |engine: &mut cuda::CudaTraining| engine.step(&[batch(1), batch(2)], 1.0, 1e-3);
+    let mut whole = on_no_card(2);
+    let before = launches(&whole.engine);
+    step(&mut whole).expect("nothing fails");
+    let count = launches(&whole.engine) - before;
+    assert!(count > 20, "{count}");
+    for failing in [0, 1, count / 3, count / 2, count - 1] {
+        let mut engine = on_no_card(2);
+        engine.engine.stream().fail_after(failing);
+        let error = step(&mut engine).expect_err("a launch fails");
+        assert_says_what_failed(&error);
+        assert_eq!(engine.num_steps(), 0);
+        // What is saved before the end says so too, in place of values that nobody computed.
+        assert!(step(&mut engine).is_err());
+    }
+    let mut engine = on_no_card(2);
+    engine.engine.stream().fail_after(count);
+    step(&mut engine).expect("the failure comes after it");
+}
+
+#[test]
+fn a_card_that_is_lost_while_drawing_is_an_error() {
+    let batch = batch(600);
+    let positions = batch.positions();
+    let mut drawing = cuda::Cuda {
+        engine: without_card(),
+    };
+    drawing.engine.stream().fail_after(7);
+    let velocity = drawing.velocity(&Input {
+        hidden_states: &batch.noisy_and_target()[0],
+        encoder_hidden_states: &batch.prompt_embeds,
+        pooled_projections: &batch.pooled,
+        timestep: &[0.3, 0.9],
+        guidance: Some(&[1.0, 3.5]),
+        positions: &positions,
+    });
+    assert_says_what_failed(&velocity.expect_err("a launch fails"));
+    let error = drawing.set_lora(&lora().factors());
+    assert_says_what_failed(&error.expect_err("the card is lost"));
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
-use engine::{EngineError, OpenError};
+use engine::{EngineError, OpenError, RunError};
 use lora::LoraError;
 use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
@@ -106,6 +106,9 @@ pub enum EvaluateError {
     /// The transformer cannot be used.
     #[error(transparent)]
     Transformer(#[from] OpenError),
+    /// The engine failed in the middle of its work.
+    #[error(transparent)]
+    Run(#[from] RunError),
     /// The VAE's configuration cannot be used.
     #[error(transparent)]
     Vae(#[from] AutoencoderError),
@@ -122,6 +125,7 @@ impl StageError for EvaluateError {
                 action: "write", ..
             }) => FailureKind::Failed,
             Self::Transformer(error) => error.kind(),
+            Self::Run(error) => error.kind(),
             _ => FailureKind::BadInput,
         }
     }
@@ -140,6 +144,7 @@ impl StageError for EvaluateError {
             }
             Self::Engine(error) => error.help("train"),
             Self::Transformer(error) => return error.help(),
+            Self::Run(error) => return error.help(),
             _ => return None,
         })
     }

@@ -69,7 +69,7 @@ pub struct HeldOutLoss {
 ///
 /// # Errors
 ///
-/// If a latent or an embedding cannot be read, or a loss is not finite.
+/// If a latent or an embedding cannot be read, the engine cannot go on, or a loss is not finite.
 pub fn measure(
     context: &StageContext,
     held_out: &HeldOut,
@@ -95,7 +95,7 @@ pub fn measure(
         .into_iter()
         .zip(&mut losses)
     {
-        engine.set_lora(factors);
+        engine.set_lora(factors)?;
         for picture in &held_out.pictures {
             losses.push(meter.measure(engine, held_out, picture, with)?);
             job.advance(1);
@@ -185,7 +185,7 @@ impl Meter<'_> {
                 timestep: &sigmas, // the training table is not shifted: a timestep is 1000σ
                 guidance: guided.then_some(guidance.as_slice()),
                 positions: &positions,
-            });
+            })?;
             let velocity = from_f32(velocity, [b, n, velocity_channels], &self.device);
             let velocity = unpatchify(velocity, h, w);
             for (row, (_, _, level)) in batch.iter().enumerate() {

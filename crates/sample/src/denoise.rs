@@ -5,7 +5,7 @@
 //!
 //! Source: `FluxPipeline.__call__`, diffusers 0.42.
 
-use engine::{Engine, Input, Trajectory};
+use engine::{Engine, Input, RunError, Trajectory};
 use flow_matching::{InferenceSchedule, euler_step, model_time};
 use mmdit::{image_ids, text_ids};
 use tensor::{DType, Tensor, from_f32, to_f32};
@@ -40,6 +40,10 @@ pub struct Denoising<'a> {
 
 /// Takes noise to latents, under the LoRAs that the engine has; `on_step` sees the number of each step, from 0, and the latents behind it.
 ///
+/// # Errors
+///
+/// If the engine cannot go on.
+///
 /// # Panics
 ///
 /// If sizes do not agree with one another or with the model, or `guidance` is given to a model without guidance
@@ -48,7 +52,7 @@ pub fn denoise(
     engine: &mut dyn Engine,
     denoising: &Denoising<'_>,
     mut on_step: impl FnMut(usize, &Tensor<3>),
-) -> Tensor<3> {
+) -> Result<Tensor<3>, RunError> {
     let Denoising {
         schedule,
         latent_cells,
@@ -94,8 +98,8 @@ pub fn denoise(
     let as_tensor = |tokens: &[f32]| from_f32(tokens.to_vec(), dims, &device);
     if let Some(tokens) = engine.draw(&trajectory, &mut |step, tokens| {
         on_step(step, &as_tensor(tokens));
-    }) {
-        return as_tensor(&tokens);
+    })? {
+        return Ok(as_tensor(&tokens));
     }
     let both;
     let conditioning = match true_cfg {
@@ -123,7 +127,7 @@ pub fn denoise(
             timestep: &vec![model_time(timestep); num_rows],
             guidance: guidance.as_deref(),
             positions: &positions,
-        });
+        })?;
         let velocity = from_f32(velocity, [num_rows, n, velocity_channels], &device);
         let velocity = match true_cfg {
             Some(cfg) => {
@@ -136,7 +140,7 @@ pub fn denoise(
         latents = euler_step(latents, velocity, sigma, next_sigma);
         on_step(step, &latents);
     }
-    latents
+    Ok(latents)
 }
 
 /// `(2b, n, c)` → the first and the last `b`.
@@ -228,8 +232,11 @@ mod tests {
     }
 
     fn drawn(denoising: &Denoising<'_>) -> Vec<f32> {
-        let expected = to_f32(&denoise(&mut portable(), denoising, |_, _| {}));
-        let found = to_f32(&denoise(&mut cpu_engine(), denoising, |_, _| {}));
+        let [expected, found] = [
+            denoise(&mut portable(), denoising, |_, _| {}),
+            denoise(&mut cpu_engine(), denoising, |_, _| {}),
+        ]
+        .map(|latents| to_f32(&latents.expect("no card")));
         assert!(distance(&found, &expected) < 1e-4, "engines differ");
         found
     }
@@ -250,7 +257,8 @@ mod tests {
             &mut portable(),
             &denoising(noise(1), &prompts),
             |step, latents| seen.push((step, to_f32(latents))),
-        );
+        )
+        .expect("no card");
         let steps: Vec<usize> = seen.iter().map(|(step, _)| *step).collect();
         assert_eq!(steps, [0, 1, 2]);
         assert_eq!(seen[2].1, to_f32(&result));
@@ -310,18 +318,16 @@ mod tests {
         let prompts = conditioning(1, 1);
         let with_strength = |strength| {
             let mut engine = cpu_engine();
-            engine.set_lora(&[Factors {
+            let set = engine.set_lora(&[Factors {
                 path: "transformer_blocks.0.attn.to_q".to_owned(),
                 rank: 1,
                 scale: strength,
                 a: scrambled(16, 5),
                 b: scrambled(16, 6),
             }]);
-            to_f32(&denoise(
-                &mut engine,
-                &denoising(noise(1), &prompts),
-                |_, _| {},
-            ))
+            set.expect("no card");
+            let drawn = denoise(&mut engine, &denoising(noise(1), &prompts), |_, _| {});
+            to_f32(&drawn.expect("no card"))
         };
         let plain = drawn(&denoising(noise(1), &prompts));
         assert_eq!(with_strength(0.0), plain);

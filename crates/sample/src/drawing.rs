@@ -1,7 +1,7 @@
 //! A run's pictures, batch by batch: noise, denoising, decoding, files.
 
 use autoencoder::Autoencoder;
-use engine::Engine;
+use engine::{Engine, RunError};
 use flow_matching::{InferenceSchedule, Purpose, Stream};
 use pipeline::StageContext;
 use pipeline::recipe::SampleRecipe;
@@ -40,14 +40,14 @@ pub(crate) struct Drawing<'a> {
 }
 
 impl Drawing<'_> {
-    /// The latents of all pictures, batch by batch.
+    /// The latents of all pictures, batch by batch; an error if the engine cannot go on.
     pub(crate) fn denoise_all(
         &self,
         engine: &mut dyn Engine,
         stack: &LoraStack,
         context: &StageContext,
-    ) -> Vec<Tensor<3>> {
-        engine.set_lora(&stack.factors());
+    ) -> Result<Vec<Tensor<3>>, RunError> {
+        engine.set_lora(&stack.factors())?;
         let guidance = engine
             .config()
             .guidance_embeds
@@ -93,9 +93,9 @@ impl Drawing<'_> {
             };
             latents.push(denoise(engine, &denoising, |_, _| {
                 job.advance(batch.len() as u64)
-            }));
+            })?);
         }
-        latents
+        Ok(latents)
     }
 
     /// Decodes and writes every picture.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
-use engine::{EngineError, OpenError};
+use engine::{EngineError, OpenError, RunError};
 use lora::LoraError;
 use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
@@ -100,6 +100,9 @@ pub enum SampleError {
     /// The transformer cannot be used.
     #[error(transparent)]
     Transformer(#[from] OpenError),
+    /// The engine failed in the middle of its work.
+    #[error(transparent)]
+    Run(#[from] RunError),
     /// The VAE cannot be used.
     #[error(transparent)]
     Vae(#[from] AutoencoderError),
@@ -124,6 +127,7 @@ impl StageError for SampleError {
                 action: "write", ..
             }) => FailureKind::Failed,
             Self::Transformer(error) => error.kind(),
+            Self::Run(error) => error.kind(),
             _ => FailureKind::BadInput,
         }
     }
@@ -143,6 +147,7 @@ impl StageError for SampleError {
             ),
             Self::Engine(error) => error.help("sample"),
             Self::Transformer(error) => return error.help(),
+            Self::Run(error) => return error.help(),
             Self::PartsDiffer { .. } => {
                 "use a base whose folders all come from one model".to_owned()
             }

@@ -101,10 +101,11 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
         batch,
         device: &device,
     };
-    let latents = drawing.denoise_all(engine.as_mut(), &stack, context);
+    let latents = drawing.denoise_all(engine.as_mut(), &stack, context)?;
     let base_latents = recipe
         .compare_with_base
-        .then(|| drawing.denoise_all(engine.as_mut(), &LoraStack::none(), context));
+        .then(|| drawing.denoise_all(engine.as_mut(), &LoraStack::none(), context))
+        .transpose()?;
     drop(engine);
 
     let vae = Autoencoder::open(&context.weights_dir(WeightPart::Vae), &device, precision)?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use artifacts::ArtifactError;
 use autoencoder::AutoencoderError;
-use engine::{EngineError, EngineName, OpenError};
+use engine::{EngineError, EngineName, OpenError, RunError};
 use flow_matching::SchedulerError;
 use lora::LoraError;
 use mmdit::ConfigError;
@@ -142,6 +142,9 @@ pub enum TrainError {
     /// The transformer cannot be used, or not be trained on this card.
     #[error(transparent)]
     Transformer(#[from] OpenError),
+    /// The engine failed in the middle of its work.
+    #[error(transparent)]
+    Run(#[from] RunError),
     /// The VAE's configuration cannot be used.
     #[error(transparent)]
     Vae(#[from] AutoencoderError),
@@ -164,6 +167,7 @@ impl StageError for TrainError {
             | Self::File(ArtifactError::Io { .. })
             | Self::Lora(LoraError::File(ArtifactError::Io { .. })) => FailureKind::Failed,
             Self::Transformer(error) => error.kind(),
+            Self::Run(error) => error.kind(),
             _ => FailureKind::BadInput,
         }
     }
@@ -188,6 +192,12 @@ impl StageError for TrainError {
             ),
             Self::Engine(error) => error.help("train"),
             Self::Transformer(error) => return error.help(),
+            Self::Run(error) => match error.help() {
+                Some(help) => {
+                    format!("{help}; the same command goes on from the newest checkpoint")
+                }
+                None => return None,
+            },
             Self::Diverged { .. } => {
                 "lower train.learning_rate, or set train.precision to \"bf16\" or \"f32\""
                     .to_owned()

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use artifacts::{Digest, Footer, digest_file, metrics};
 use autoencoder::AutoencoderConfig;
-use engine::{EngineChoice, LoraOptimizer, Opening, base_weights_of, precision_of};
+use engine::{EngineChoice, ImportError, LoraOptimizer, Opening, base_weights_of, precision_of};
 use flow_matching::{Density, Scheduler, SchedulerConfig, Weighting};
 use mmdit::MmditConfig;
 use mmdit::patches::PATCH_CELLS;
@@ -62,7 +62,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
 
     let lora_path = context.path(files::LORA);
     let file = trainer
-        .lora()
+        .lora()?
         .to_file(provenance(context, &data, &fingerprint, recipe.steps));
     file.write(&lora_path)?;
     metrics::write(
@@ -123,7 +123,7 @@ fn resume(
 ) -> Result<u32, TrainError> {
     for path in checkpoint::list(checkpoints).map_err(TrainError::Checkpoints)? {
         let shown = path.display();
-        match Checkpoint::read(&path, fingerprint, &trainer.lora()) {
+        match Checkpoint::read(&path, fingerprint, &trainer.lora()?) {
             Ok(checkpoint) if checkpoint.state.engine != trainer.engine() => {
                 return Err(TrainError::OtherEngine {
                     began: checkpoint.state.engine,
@@ -136,7 +136,10 @@ fn resume(
                     tracing::info!(step = trainer.num_steps(), checkpoint = %shown, "continuing");
                     return Ok(trainer.num_steps());
                 }
-                Err(error) => tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over"),
+                Err(ImportError::State(error)) => {
+                    tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over");
+                }
+                Err(ImportError::Run(error)) => return Err(error.into()),
             },
             Err(error) => tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over"),
         }
@@ -180,11 +183,11 @@ fn train(
             let metadata = provenance(context, data, fingerprint, num_steps);
             let snapshot = format!("lora-{num_steps:06}.safetensors");
             trainer
-                .lora()
+                .lora()?
                 .to_file(metadata)
                 .write(&checkpoints.join(snapshot))?;
             let path = checkpoints.join(checkpoint::file_name(num_steps));
-            trainer.checkpoint().write(&path, &trainer.lora())?;
+            trainer.checkpoint()?.write(&path, &trainer.lora()?)?;
             checkpoint::prune(checkpoints, num_steps, recipe.keep_checkpoints as usize)
                 .map_err(TrainError::Checkpoints)?;
             tracing::debug!(step = num_steps, checkpoint = %path.display(), "checkpoint");

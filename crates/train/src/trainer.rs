@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use artifacts::MetricRow;
-use engine::{EngineName, StepReport, TrainableLora, TrainingEngine, TrainingState};
+use engine::{
+    EngineName, ImportError, RunError, StepReport, TrainableLora, TrainingEngine, TrainingState,
+};
 use flow_matching::LearningRateSchedule;
 use pipeline::recipe::{Schedule, TrainRecipe};
 
@@ -56,8 +58,8 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     ///
-    /// If the optimiser's state does not fit; then nothing has changed.
-    pub fn restore(&mut self, checkpoint: Checkpoint) -> Result<(), quant::QuantError> {
+    /// If the optimiser's state does not fit (then nothing has changed), or the engine cannot go on.
+    pub fn restore(&mut self, checkpoint: Checkpoint) -> Result<(), ImportError> {
         let RunState {
             num_steps,
             num_groups,
@@ -76,14 +78,18 @@ impl<'a> Trainer<'a> {
     }
 
     /// What a later run can continue from.
-    pub fn checkpoint(&self) -> Checkpoint {
+    ///
+    /// # Errors
+    ///
+    /// If the engine cannot go on.
+    pub fn checkpoint(&self) -> Result<Checkpoint, RunError> {
         let TrainingState {
             lora,
             optimizer,
             scaler,
             ..
-        } = self.engine.export();
-        Checkpoint {
+        } = self.engine.export()?;
+        Ok(Checkpoint {
             state: RunState::new(
                 self.fingerprint.clone(),
                 self.engine.name(),
@@ -94,7 +100,7 @@ impl<'a> Trainer<'a> {
             lora,
             optimizer,
             metrics: self.metrics.clone(),
-        }
+        })
     }
 
     /// Optimiser steps taken.
@@ -103,10 +109,14 @@ impl<'a> Trainer<'a> {
     }
 
     /// The LoRA as it is now.
-    pub fn lora(&self) -> TrainableLora {
+    ///
+    /// # Errors
+    ///
+    /// If the engine cannot go on.
+    pub fn lora(&self) -> Result<TrainableLora, RunError> {
         let mut lora = self.untrained.clone();
-        lora.values = self.engine.lora();
-        lora
+        lora.values = self.engine.lora()?;
+        Ok(lora)
     }
 
     /// The engine that does the work.
@@ -128,7 +138,7 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     ///
-    /// If data cannot be read, or too many steps in a row could not be taken.
+    /// If data cannot be read, the engine cannot go on, or too many steps in a row could not be taken.
     pub fn step(&mut self) -> Result<MetricRow, TrainError> {
         let started = Instant::now();
         let TrainRecipe {
@@ -157,7 +167,7 @@ impl<'a> Trainer<'a> {
             self.recipe.steps.into(),
         );
         let StepReport { loss, outcome } =
-            self.engine.step(&batches, guidance as f32, learning_rate);
+            self.engine.step(&batches, guidance as f32, learning_rate)?;
         self.num_groups += 1;
         let row = MetricRow {
             step: steps_before + 1,

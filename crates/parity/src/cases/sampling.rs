@@ -58,7 +58,7 @@ pub fn sample(run: &mut CaseRun) -> Result<(), CaseError> {
         vec![]
     };
     let stack = LoraStack::read(&choices, engine.config())?;
-    engine.set_lora(&stack.factors());
+    engine.set_lora(&stack.factors())?;
     let has_cfg = params.true_cfg_scale > 1.0;
     let denoising = Denoising {
         schedule: &schedule,
@@ -80,7 +80,7 @@ pub fn sample(run: &mut CaseRun) -> Result<(), CaseError> {
     let mut steps = Vec::new();
     let latents = denoise(engine.as_mut(), &denoising, |_, latents| {
         steps.push(latents.clone());
-    });
+    })?;
     run.output_tensor("latents", &Tensor::stack::<4>(steps, 0));
     if let Some(picture) = decode(&vae, latents, latent_cells).into_iter().next() {
         let shape = [picture.height_px as usize, picture.width_px as usize, 3];

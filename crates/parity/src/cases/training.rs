@@ -3,7 +3,7 @@
 use engine::micro::predict;
 use engine::{
     GradientSum, Gradients, Input, LoraOptimizer, LossScaler, MicroBatch, MicroStep, Opening,
-    TrainableLora,
+    RunError, TrainableLora,
 };
 use flow_matching::model_time;
 use flow_matching::{Scheduler, SchedulerConfig, TrainingPoint, Weighting};
@@ -168,7 +168,7 @@ pub fn micro(run: &mut CaseRun) -> Result<(), CaseError> {
         run.engine,
         &opening(&run.set.model().join("transformer"), setup.base),
     )?;
-    engine.set_lora(&setup.lora.factors());
+    engine.set_lora(&setup.lora.factors())?;
     let [noisy, _] = batch.noisy_and_target();
     let times = batch.points.iter().map(|point| model_time(point.timestep));
     let has_guidance = engine.config().guidance_embeds;
@@ -179,7 +179,7 @@ pub fn micro(run: &mut CaseRun) -> Result<(), CaseError> {
         timestep: &times.collect::<Vec<f32>>(),
         guidance: has_guidance.then(|| vec![guidance; batch.len()]).as_deref(),
         positions: &batch.positions(),
-    });
+    })?;
     let [b, _, h, w] = shape;
     let channels = engine.config().velocity_channels();
     let tokens = [b, velocity.len() / (b * channels).max(1), channels];
@@ -190,7 +190,7 @@ pub fn micro(run: &mut CaseRun) -> Result<(), CaseError> {
 
     let step = setup
         .gradients
-        .micro_step(&setup.lora, &batch, guidance, 1.0);
+        .micro_step(&setup.lora, &batch, guidance, 1.0)?;
     run.output_f32("loss", vec![step.loss], &[]);
     run.output_f32("grad_norm", vec![global_norm(&step.gradients)], &[]);
     output_tensors(run, "grad.", &setup, step.gradients);
@@ -276,7 +276,7 @@ pub fn optimise(run: &mut CaseRun) -> Result<(), CaseError> {
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     let mut optimizer = params.optimizer(params.max_grad_norm, &setup.lora)?;
     for (step, group) in (1..).zip(&groups) {
-        let (step_losses, norm, gradients) = take_step(&mut setup, &mut optimizer, &params, group);
+        let (step_losses, norm, gradients) = take_step(&mut setup, &mut optimizer, &params, group)?;
         losses.extend(step_losses);
         norms.push(norm);
         output_tensors(
@@ -311,7 +311,7 @@ fn at_given_weights(
             set_values(run, setup, &format!("out.step{}.", step - 1))?;
         }
         let mut optimizer = params.optimizer(params.max_grad_norm, &setup.lora)?;
-        let (step_losses, norm, gradients) = take_step(setup, &mut optimizer, params, group);
+        let (step_losses, norm, gradients) = take_step(setup, &mut optimizer, params, group)?;
         losses.extend(step_losses);
         norms.push(norm);
         if has_gradients(run, step) {
@@ -390,7 +390,7 @@ pub fn trained(run: &CaseRun) -> Result<TrainableLora, CaseError> {
     let mut optimizer = params.optimizer(params.max_grad_norm, &setup.lora)?;
     let groups = batches.chunks(params.accumulation.max(1) as usize);
     for group in groups.take(params.steps) {
-        take_step(&mut setup, &mut optimizer, &params, group);
+        take_step(&mut setup, &mut optimizer, &params, group)?;
     }
     Ok(setup.lora)
 }
@@ -417,7 +417,7 @@ fn take_step(
     optimizer: &mut LoraOptimizer,
     params: &OptParams,
     group: &[MicroBatch],
-) -> (Vec<f32>, f32, Vec<Vec<f32>>) {
+) -> Result<(Vec<f32>, f32, Vec<Vec<f32>>), RunError> {
     let loss_factor = optimizer.loss_factor(params.accumulation);
     let mut losses = Vec::new();
     let mut sum = GradientSum::new();
@@ -425,12 +425,12 @@ fn take_step(
         let guidance = params.guidance_scale;
         let micro = setup
             .gradients
-            .micro_step(&setup.lora, batch, guidance, loss_factor);
+            .micro_step(&setup.lora, batch, guidance, loss_factor)?;
         losses.push(micro.loss);
         sum.add(micro);
     }
     let (outcome, gradients) = optimizer.step(&mut setup.lora, sum, params.lr);
-    (losses, outcome.grad_norm, gradients)
+    Ok((losses, outcome.grad_norm, gradients))
 }
 
 /// The case's micro-batches in order; prompts are picked from its few by `sample_index`.

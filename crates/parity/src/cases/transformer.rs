@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use engine::{Engine, Factors, Input, Opening};
+use engine::{Engine, Factors, Input, Opening, RunError};
 use lora::{LoraFile, Target};
 use mmdit::{
     Adapters, BaseWeights, LoadOptions, Mmdit, MmditConfig, MmditInput, Rope, embed::sinusoids,
@@ -172,8 +172,12 @@ impl Inputs {
 }
 
 /// The engine's velocity on a case's inputs, under factors or without any.
-fn velocity_of(engine: &mut dyn Engine, inputs: &Inputs, factors: &[Factors]) -> Tensor<3> {
-    engine.set_lora(factors);
+fn velocity_of(
+    engine: &mut dyn Engine,
+    inputs: &Inputs,
+    factors: &[Factors],
+) -> Result<Tensor<3>, RunError> {
+    engine.set_lora(factors)?;
     let [b, n, _] = inputs.hidden_states.dims();
     let velocity = engine.velocity(&Input {
         hidden_states: &to_f32(&inputs.hidden_states),
@@ -182,12 +186,9 @@ fn velocity_of(engine: &mut dyn Engine, inputs: &Inputs, factors: &[Factors]) ->
         timestep: &inputs.timestep,
         guidance: inputs.guidance.as_deref(),
         positions: &inputs.positions,
-    });
-    from_f32(
-        velocity,
-        [b, n, engine.config().velocity_channels()],
-        &cpu(),
-    )
+    })?;
+    let shape = [b, n, engine.config().velocity_channels()];
+    Ok(from_f32(velocity, shape, &cpu()))
 }
 
 /// The velocity on a case's inputs, under a LoRA file at a strength or without any.
@@ -201,7 +202,7 @@ pub fn velocity(run: &CaseRun, lora: Option<(&Path, f32)>) -> Result<Tensor<3>, 
         }
         None => Vec::new(),
     };
-    Ok(velocity_of(engine.as_mut(), &inputs, &factors))
+    Ok(velocity_of(engine.as_mut(), &inputs, &factors)?)
 }
 
 /// One forward pass: without a LoRA (block by block where the reference has that), and with the set's LoRA, read
@@ -210,7 +211,7 @@ pub fn forward(run: &mut CaseRun) -> Result<(), CaseError> {
     let model = open(run, &cpu(), BaseWeights::Plain)?;
     let inputs = Inputs::read(run, model.config())?;
     let mut engine = open_engine(run)?;
-    let velocity = velocity_of(engine.as_mut(), &inputs, &[]);
+    let velocity = velocity_of(engine.as_mut(), &inputs, &[])?;
     run.output_tensor("velocity", &velocity);
     let (_, trace) = model.forward_traced(&inputs.as_input(), &Adapters::none());
     if run.has("out.temb") {
@@ -232,9 +233,9 @@ pub fn forward(run: &mut CaseRun) -> Result<(), CaseError> {
         let Ok(strength) = output["velocity_lora_".len()..].parse() else {
             continue; // not compared, so it ends as a failure
         };
-        let found = velocity_of(engine.as_mut(), &inputs, &factors(&diffusers, strength));
+        let found = velocity_of(engine.as_mut(), &inputs, &factors(&diffusers, strength))?;
         run.output_tensor(output, &found);
-        let found = velocity_of(engine.as_mut(), &inputs, &factors(&kohya, strength));
+        let found = velocity_of(engine.as_mut(), &inputs, &factors(&kohya, strength))?;
         let values = Values::F32(tensor::to_f32(&found));
         let (expected, shape) = run.values(&full)?;
         let name = format!("{output} (kohya keys)");
