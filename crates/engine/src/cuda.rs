@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use engine_cuda::model::{
     self, EngineOptions, LoraFactors, Recompute, SamplerInput, Shape, VelocityInput, WeightForm,
+    WeightSource,
 };
 use engine_cuda::stream::OpenOptions;
 use engine_cuda::{CudaError, Half, Stream, gemm};
@@ -67,14 +68,42 @@ fn load(
     stream: Stream,
     config: &MmditConfig,
 ) -> Result<model::Engine, OpenError> {
+    let options = options_of(opening)?;
+    Ok(model::Engine::open(stream, opening.dir, config, options)?)
+}
+
+fn options_of(opening: &Opening<'_>) -> Result<EngineOptions, OpenError> {
     let t = half_of(opening.precision).ok_or(PlanError::Precision {
         found: opening.precision,
     })?;
-    let options = EngineOptions {
+    Ok(EngineOptions {
         t,
         form: form_of(opening.base),
+    })
+}
+
+/// How to train in what the card has free, and in at most `limit_bytes`.
+fn planned(
+    opening: &Opening<'_>,
+    config: &MmditConfig,
+    stream: &Stream,
+    limit_bytes: usize,
+    lora: &TrainableLora,
+    optimizer: &LoraOptimizer,
+    workload: Workload,
+) -> Result<TrainingPlan, OpenError> {
+    let (free, _) = stream.memory()?;
+    // The products' workspace is taken already, and the plan counts it.
+    let limit = (free + gemm::WORKSPACE_BYTES).saturating_sub(RESERVE_BYTES);
+    let request = TrainingRequest {
+        config,
+        precision: opening.precision,
+        base: opening.base,
+        lora,
+        optimizer,
+        workload,
     };
-    Ok(model::Engine::open(stream, opening.dir, config, options)?)
+    Ok(request.choose(limit.min(limit_bytes))?)
 }
 
 /// One set of factors per layer: several add up, which is one of their joint rank with the strengths in B.
@@ -308,19 +337,44 @@ impl CudaTraining {
     ) -> Result<Self, OpenError> {
         let config = config_of(opening)?;
         let stream = stream_of(opening)?;
-        let (free, _) = stream.memory()?;
-        // The products' workspace is taken already, and the plan counts it.
-        let limit = (free + gemm::WORKSPACE_BYTES).saturating_sub(RESERVE_BYTES);
-        let request = TrainingRequest {
-            config: &config,
-            precision: opening.precision,
-            base: opening.base,
+        let plan = planned(
+            opening,
+            &config,
+            &stream,
+            usize::MAX,
             lora,
-            optimizer: &optimizer,
+            &optimizer,
             workload,
-        };
-        let plan = request.choose(limit)?;
+        )?;
         let engine = load(opening, stream, &config)?;
+        Self::new(engine, lora, optimizer, plan)
+    }
+
+    /// As [`CudaTraining::open`] with weights from elsewhere than the opening's folder, which is not looked at, in at most
+    /// `limit_bytes` of the card's memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`CudaTraining::open`].
+    pub fn with_weights(
+        opening: &Opening<'_>,
+        (config, weights): (&MmditConfig, &dyn WeightSource),
+        limit_bytes: usize,
+        lora: &TrainableLora,
+        optimizer: LoraOptimizer,
+        workload: Workload,
+    ) -> Result<Self, OpenError> {
+        let stream = stream_of(opening)?;
+        let plan = planned(
+            opening,
+            config,
+            &stream,
+            limit_bytes,
+            lora,
+            &optimizer,
+            workload,
+        )?;
+        let engine = model::Engine::load(stream, config, weights, options_of(opening)?)?;
         Self::new(engine, lora, optimizer, plan)
     }
 

@@ -16,7 +16,7 @@
 //! * [`untrained`]: the LoRA that a run begins with.
 //! * [`checkpoint`]: everything that a run continues from, in one file.
 //! * [`planning`]: what a run takes on a card, from configurations alone.
-//! * [`trainer`]: a run, step by step. One step is an `engine`'s.
+//! * [`trainer`]: a run, step by step. One step is an `engine`'s. * [`steps`]: all that are left, with checkpoints.
 #![forbid(unsafe_code)]
 
 pub mod batch;
@@ -25,6 +25,7 @@ pub mod data;
 mod error;
 pub mod planning;
 mod stage;
+pub mod steps;
 pub mod trainer;
 pub mod untrained;
 
@@ -34,5 +35,6 @@ mod tests;
 pub use data::TrainingData;
 pub use error::TrainError;
 pub use stage::run;
+pub use steps::{Checkpoints, take_steps};
 pub use trainer::Trainer;
 pub use untrained::untrained_lora;

@@ -70,11 +70,7 @@ pub fn plan(
 }
 
 /// What one step of a recipe goes over.
-pub(crate) fn workload(
-    recipe: &TrainRecipe,
-    text_tokens: usize,
-    latent_cells: [usize; 2],
-) -> Workload {
+pub fn workload(recipe: &TrainRecipe, text_tokens: usize, latent_cells: [usize; 2]) -> Workload {
     Workload {
         micro_batch: recipe.micro_batch as usize,
         accumulation: recipe.accumulation as usize,

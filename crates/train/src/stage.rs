@@ -18,6 +18,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::data::{DataFiles, Sampling, TrainingData};
 use crate::error::TrainError;
 use crate::planning::workload;
+use crate::steps::{Checkpoints, take_steps};
 use crate::trainer::Trainer;
 use crate::untrained::untrained_lora;
 
@@ -58,7 +59,17 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     let mut trainer = Trainer::new(engine, &data, recipe, lora, fingerprint.clone());
     let checkpoints = context.path(files::CHECKPOINTS);
     let num_resumed = resume(&mut trainer, &checkpoints, &fingerprint)?;
-    train(context, &mut trainer, &data, &checkpoints, &fingerprint)?;
+    let kept = Checkpoints {
+        dir: &checkpoints,
+        every: recipe.checkpoint_every,
+        keep: recipe.keep_checkpoints as usize,
+    };
+    let job = context.progress.job("train", recipe.steps.into(), "steps");
+    job.already_done(trainer.num_steps().into());
+    take_steps(&mut trainer, recipe.steps, &kept, &job, |num_steps| {
+        provenance(context, &data, &fingerprint, num_steps)
+    })?;
+    job.finish();
 
     let lora_path = context.path(files::LORA);
     let file = trainer
@@ -145,56 +156,6 @@ fn resume(
         }
     }
     Ok(0)
-}
-
-/// All steps that are left, with a checkpoint now and then.
-fn train(
-    context: &StageContext,
-    trainer: &mut Trainer<'_>,
-    data: &TrainingData,
-    checkpoints: &Path,
-    fingerprint: &str,
-) -> Result<(), TrainError> {
-    let recipe = &context.recipe.train;
-    let job = context.progress.job("train", recipe.steps.into(), "steps");
-    job.already_done(trainer.num_steps().into());
-    while trainer.num_steps() < recipe.steps {
-        let row = trainer.step()?;
-        job.message(format!("loss {:.4}", row.loss));
-        if row.skipped {
-            tracing::warn!(
-                step = row.step,
-                loss_scale = row.loss_scale,
-                "gradients not finite, step skipped"
-            );
-            continue;
-        }
-        tracing::debug!(
-            step = row.step,
-            loss = row.loss,
-            grad_norm = row.grad_norm,
-            "step"
-        );
-        job.advance(1);
-        let num_steps = trainer.num_steps();
-        if num_steps.is_multiple_of(recipe.checkpoint_every) {
-            fs_err::create_dir_all(checkpoints).map_err(TrainError::Checkpoints)?;
-            // The LoRA first: where there is a checkpoint, there is its LoRA to draw with.
-            let metadata = provenance(context, data, fingerprint, num_steps);
-            let snapshot = format!("lora-{num_steps:06}.safetensors");
-            trainer
-                .lora()?
-                .to_file(metadata)
-                .write(&checkpoints.join(snapshot))?;
-            let path = checkpoints.join(checkpoint::file_name(num_steps));
-            trainer.checkpoint()?.write(&path, &trainer.lora()?)?;
-            checkpoint::prune(checkpoints, num_steps, recipe.keep_checkpoints as usize)
-                .map_err(TrainError::Checkpoints)?;
-            tracing::debug!(step = num_steps, checkpoint = %path.display(), "checkpoint");
-        }
-    }
-    job.finish();
-    Ok(())
 }
 
 /// Where the LoRA comes from; nothing that depends on time or place, so that its bytes do not.
