@@ -1,11 +1,26 @@
 //! The figures of `cargo xtask bench flux --gpu` as a small program, for a machine that has a card and little else.
 //!
 //! ```text
-//! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: plan attention products nf4 bf16 full
+//! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: plan attention products nf4 bf16 full first
 //!                                             (`plan` needs no GPU)
+//! flux --first-image                           what `first` starts: draws one picture's latents and ends
 //! ```
+//!
+//! The row of a whole training run is not here: its loop is stage `train`'s, which `cargo xtask bench flux --gpu` has.
 
-use engine_cuda::measure::{MEASURED, PREDICTED, measure};
+use engine_cuda::measure::{MEASURED, PREDICTED, draw_first, measure};
+
+const FIRST_IMAGE: &str = "--first-image";
+
+fn first_image() {
+    match draw_first() {
+        Ok(parts) => println!("{parts}"),
+        Err(error) => {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+    }
+}
 
 fn main() {
     let mut sections: Vec<String> = PREDICTED
@@ -22,11 +37,14 @@ fn main() {
                 sections = list.split(',').map(str::to_owned).collect();
             }
             "--json" => file = given.next(),
+            FIRST_IMAGE => return first_image(),
             _ => {}
         }
     }
     let sections: Vec<&str> = sections.iter().map(String::as_str).collect();
-    let rows = match measure(&sections, &mut |name, value| println!("{name} {value}")) {
+    let rows = match measure(&sections, &[FIRST_IMAGE], &mut |name, value| {
+        println!("{name} {value}")
+    }) {
         Ok(rows) => rows,
         Err(error) => {
             eprintln!("this bench needs a card: {error}");

@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use bench::training_run::LEAST_STEPS;
 use bench::{CpuBench, FluxBench};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::EngineName;
@@ -142,6 +143,8 @@ pub enum Bench {
     Cpu(CpuBenchOptions),
     /// Training and sampling steps at the shapes of FLUX.1-dev on an NVIDIA card
     Flux(FluxBenchOptions),
+    /// Draw one picture's latents at those shapes and end (bench flux times this from outside)
+    FirstImage,
 }
 
 /// Options of `bench cpu`.
@@ -193,6 +196,10 @@ pub struct FluxBenchOptions {
     /// PyTorch's side of it
     #[arg(long, value_name = "FILE", requires = "python")]
     pub peer: Option<PathBuf>,
+    /// Optimiser steps of the training run, 8 to 700; of fewer than 700 the rest is reckoned
+    #[arg(long, value_name = "COUNT", default_value_t = 40,
+        value_parser = clap::value_parser!(u32).range(i64::from(LEAST_STEPS)..=700))]
+    pub train_steps: u32,
     /// Print one JSON document on stdout, and nothing else there
     #[arg(long)]
     pub json: bool,
@@ -204,6 +211,7 @@ impl FluxBenchOptions {
         FluxBench {
             gpu: self.gpu,
             peer: self.python.zip(self.peer),
+            train_steps: self.train_steps,
             json: self.json,
         }
     }
@@ -306,6 +314,8 @@ mod tests {
             Cli::try_parse_from(words).is_ok()
         };
         assert!(parsed(&[]) && parsed(&["--gpu", "--json"]));
+        assert!(parsed(&["--gpu", "--train-steps", "700"]));
+        assert!(!parsed(&["--gpu", "--train-steps", "7"]));
         assert!(parsed(&[
             "--gpu",
             "--python",

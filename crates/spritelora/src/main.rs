@@ -43,6 +43,7 @@ fn run(command: Command) -> u8 {
         Command::Pretrain(options) => pretraining::run(&options),
         Command::Bench(Bench::Cpu(options)) => bench::run(&options.measurement()),
         Command::Bench(Bench::Flux(options)) => bench::flux::run(&options.measurement()),
+        Command::Bench(Bench::FirstImage) => bench::flux::first_image(),
         Command::Parity(options) => {
             parity::run(&options.fixtures, options.engine.name(), options.json).exit_code()
         }

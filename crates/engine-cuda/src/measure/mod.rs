@@ -1,10 +1,11 @@
 //! FLUX.1-dev's shapes on random weights: steps of training and sampling, attention, products, by time and memory; and
-//! training of all weights at the small base's.
+//! training of all weights at the small base's; and the first picture of a program that was just started.
 //!
 //! Weights are N(0, 0.02), made on the device: speed and memory only. Times are medians; each is taken after the work
 //! ran three times (by launches, recorded, replayed). `step` is what a training step of one batch costs with everything:
 //! copying the batch to the device, forward, backward, clipping, AdamW.
 
+mod first;
 mod full;
 mod network;
 mod parts;
@@ -19,6 +20,8 @@ use crate::model::{EngineOptions, Recompute, Shape, TrainingOptions, WeightForm}
 use crate::plan::{LoraSize, PlanRequest, lora_sizes, plan};
 use crate::stream::{OpenOptions, Rates, Stream, Work};
 
+pub use first::draw_first;
+
 /// What fails is said in its line, and the next line follows.
 type Outcome<V = ()> = Result<V, CudaError>;
 
@@ -26,7 +29,7 @@ type Outcome<V = ()> = Result<V, CudaError>;
 pub const PREDICTED: [&str; 1] = ["plan"];
 
 /// The sections that need one.
-pub const MEASURED: [&str; 5] = ["attention", "products", "nf4", "bf16", "full"];
+pub const MEASURED: [&str; 6] = ["attention", "products", "nf4", "bf16", "full", "first"];
 
 const TARGETS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 const TEXT: usize = 512;
@@ -79,11 +82,14 @@ fn device_ms(stream: &Stream, inner: usize, mut work: impl FnMut() -> Outcome) -
 
 /// Takes the figures of some sections ([`PREDICTED`] and [`MEASURED`]); `told` sees each line as it comes.
 ///
+/// `again` are the arguments with which the running program, started anew, prints what [`draw_first`] says.
+///
 /// # Errors
 ///
 /// If a section needs a card and there is none that will do. What fails later is said in its line.
 pub fn measure(
     sections: &[&str],
+    again: &[&str],
     told: &mut dyn FnMut(&str, &Value),
 ) -> Result<Map<String, Value>, CudaError> {
     let wanted = |section: &str| sections.contains(&section);
@@ -118,6 +124,9 @@ pub fn measure(
     }
     if wanted("full") {
         table.guarded("full", full::rows);
+    }
+    if wanted("first") {
+        table.row("bf16_first_image", first::row(again));
     }
     Ok(table.rows)
 }
@@ -214,7 +223,7 @@ mod tests {
     #[test]
     fn predictions_need_no_card() {
         let mut lines = 0;
-        let rows = measure(&PREDICTED, &mut |_, _| lines += 1).expect("no card is asked for");
+        let rows = measure(&PREDICTED, &[], &mut |_, _| lines += 1).expect("no card is asked for");
         assert_eq!((rows.len(), lines), (12, 12));
         let bytes = rows["plan_nf4_b1_Everything"]["gigabytes"].as_f64();
         assert!(bytes.is_some_and(|bytes| bytes < 8.0), "{rows:?}");

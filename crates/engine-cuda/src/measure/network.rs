@@ -12,19 +12,19 @@ use crate::model::{
     Engine, EngineOptions, MicroBatch, NormalWeights, Recompute, SamplerInput, Shape, WeightForm,
 };
 use crate::plan::{PlanRequest, fit, lora_sizes, plan, untrained};
-use crate::stream::{Rates, Work};
+use crate::stream::{Rates, Stream, Work};
 
 /// Random host values of a batch.
-struct Batch {
-    shape: Shape,
-    latents: Vec<f32>,
+pub(super) struct Batch {
+    pub(super) shape: Shape,
+    pub(super) latents: Vec<f32>,
     per_sample: Vec<f32>,
-    text: Vec<f32>,
-    pooled: Vec<f32>,
+    pub(super) text: Vec<f32>,
+    pub(super) pooled: Vec<f32>,
 }
 
 impl Batch {
-    fn new(config: &MmditConfig, shape: Shape) -> Self {
+    pub(super) fn new(config: &MmditConfig, shape: Shape) -> Self {
         let mut state = 1u32;
         let mut numbers = |count: usize| -> Vec<f32> {
             (0..count)
@@ -134,6 +134,7 @@ fn training_row(
     let allocated = engine.stream().allocated_bytes() + WORKSPACE_BYTES;
     engine.use_graphs(false);
     step(engine)?;
+    let overhead_ms = event_overhead_ms(engine.stream())?;
     engine.stream().start_timing();
     engine.micro_step(&batch.micro(), 1.0)?;
     let launches = engine.stream().stop_timing()?;
@@ -146,26 +147,64 @@ fn training_row(
         let sum = by_name.get(name).and_then(Value::as_f64).unwrap_or(0.0) + f64::from(*ms);
         by_name.insert(name.clone(), json!(sum));
     }
-    let shares: Map<String, Value> = Work::ALL
+    let by_kind: Map<String, Value> = Work::ALL
         .iter()
         .map(|work| (format!("{work:?}_ms"), json!(sum(*work))))
         .collect();
+    let micro_step_s = median(micro_steps);
+    let timed = launches.iter().map(|(work, _, ms)| (*work, f64::from(*ms)));
+    let percent = shares(timed, overhead_ms, 1000.0 * micro_step_s);
     table.row(
         line,
         json!({
             "recompute": format!("{:?}", request.training.recompute),
             "step_s": median(steps),
-            "micro_step_s": median(micro_steps),
+            "micro_step_s": micro_step_s,
             "planned_micro_step_s": planned.micro_step_s(),
             "allocated_bytes": allocated,
             "planned_bytes": planned.total_bytes(),
             "device_bytes": free_before.saturating_sub(free),
             "launches": launches.len(),
-            "by_kind": shares,
+            "by_kind": by_kind,
+            "percent_of_micro_step": percent,
+            "event_overhead_ms": overhead_ms,
             "by_name_ms": by_name,
         }),
     );
     Ok(())
+}
+
+/// Milliseconds between two events with nothing between them, which every timed launch has on top of its own.
+fn event_overhead_ms(stream: &Stream) -> Outcome<f64> {
+    let events = (0..101)
+        .map(|_| stream.event())
+        .collect::<Outcome<Vec<_>>>()?;
+    let pairs = events.windows(2);
+    let times = pairs.map(|pair| Ok(f64::from(pair[1].milliseconds_since(&pair[0])?)));
+    Ok(median(times.collect::<Outcome<Vec<_>>>()?))
+}
+
+/// What each kind of work is of a micro-step's wall time, in per cent, and what is left: the card idle.
+///
+/// The launches are timed one by one, each with `overhead_ms` of the events around it, which is taken off; the wall time
+/// is that of the recorded step. Where launches overlap in the recording, `Idle` comes out below 0.
+fn shares(
+    launches: impl Iterator<Item = (Work, f64)>,
+    overhead_ms: f64,
+    wall_ms: f64,
+) -> Map<String, Value> {
+    let mut by_kind = [0.0; Work::ALL.len()];
+    for (work, ms) in launches {
+        by_kind[work as usize] += (ms - overhead_ms).max(0.0);
+    }
+    let percent = |ms: f64| json!(100.0 * ms / wall_ms);
+    let kinds = Work::ALL.iter().zip(by_kind);
+    let mut shares: Map<String, Value> = kinds
+        .map(|(work, ms)| (format!("{work:?}"), percent(ms)))
+        .collect();
+    let busy: f64 = by_kind.iter().sum();
+    shares.insert("Idle".to_owned(), percent(wall_ms - busy));
+    shares
 }
 
 fn sampling_rows(table: &mut Table, name: &str, engine: &mut Engine) -> Outcome {
@@ -216,4 +255,30 @@ fn sampling_rows(table: &mut Table, name: &str, engine: &mut Engine) -> Outcome 
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_launch_fills_is_idle() {
+        let launches = [
+            (Work::ALL[0], 4.1),
+            (Work::ALL[0], 2.1),
+            (Work::ALL[3], 1.1),
+            (Work::ALL[3], 0.05),
+        ];
+        let shares = shares(launches.into_iter(), 0.1, 10.0);
+        let percent = |name: &str| shares[name].as_f64().expect("a number").round();
+        let first = format!("{:?}", Work::ALL[0]);
+        let last = format!("{:?}", Work::ALL[3]);
+        assert_eq!([&first, &last, "Idle"].map(percent), [60.0, 10.0, 30.0]);
+        assert_eq!(shares.len(), Work::ALL.len() + 1);
+    }
+
+    #[test]
+    fn a_dry_stream_has_no_events_to_wait_for() {
+        assert_eq!(event_overhead_ms(&Stream::dry()).expect("no card"), 0.0);
+    }
 }
