@@ -8,13 +8,15 @@ use std::collections::BTreeSet;
 
 use artifacts::{Dtype, SafetensorsFile};
 use engine::EngineName;
+use engine_cuda::model::Accuracy;
+use mmdit::MmditConfig;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tensor::{Device, Tensor};
+use tensor::{Device, Precision, Tensor};
 
 use crate::compare::{Distance, Measure, Values, distance};
 use crate::fixture::{Case, FixtureSet};
-use crate::tolerances;
+use crate::tolerances::{self, half_of};
 
 /// Why a case could not be run to its end: an error of whichever crate it went through, for a person to read.
 pub type CaseError = Box<dyn std::error::Error + Send + Sync>;
@@ -78,12 +80,36 @@ impl TensorResult {
     }
 }
 
+/// What executes the transformer, and in what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Execution {
+    /// The engine.
+    pub engine: EngineName,
+    /// What it computes in.
+    pub precision: Precision,
+}
+
+impl Execution {
+    /// `mmdit` in `f32`.
+    pub const PORTABLE: Self = Self {
+        engine: EngineName::Portable,
+        precision: Precision::F32,
+    };
+
+    /// Its 16-bit float, if it computes in one.
+    pub fn in_half(self) -> bool {
+        half_of(self.precision).is_some()
+    }
+}
+
 /// A case that is being run.
 pub struct CaseRun<'a> {
     /// The set it belongs to: model, LoRA files, tokenizers.
     pub set: &'a FixtureSet,
     /// What executes the transformer.
-    pub engine: EngineName,
+    pub execution: Execution,
+    /// What it may be off by, if it computes in 16 bits.
+    accuracy: Option<Accuracy>,
     case: &'a Case,
     file: SafetensorsFile,
     done: BTreeSet<String>,
@@ -97,10 +123,31 @@ impl<'a> CaseRun<'a> {
     ///
     /// If it is not there or damaged.
     pub fn open(set: &'a FixtureSet, case: &'a Case) -> Result<Self, CaseError> {
+        Self::open_for(set, case, Execution::PORTABLE)
+    }
+
+    /// Opens the case's file.
+    ///
+    /// # Errors
+    ///
+    /// If it is not there or damaged.
+    pub fn open_for(
+        set: &'a FixtureSet,
+        case: &'a Case,
+        execution: Execution,
+    ) -> Result<Self, CaseError> {
         let file = SafetensorsFile::open(&set.dir().join(&case.file))?;
+        let accuracy = match half_of(execution.precision) {
+            Some(t) => {
+                let path = set.model().join("transformer").join("config.json");
+                Some(Accuracy::of(t, &MmditConfig::from_file(&path)?))
+            }
+            None => None,
+        };
         Ok(Self {
             set,
-            engine: EngineName::Portable,
+            execution,
+            accuracy,
             case,
             file,
             done: BTreeSet::new(),
@@ -282,12 +329,24 @@ impl<'a> CaseRun<'a> {
         expected: (&Values, &[usize]),
         found: (&Values, &[usize]),
     ) {
-        match tolerances::find(&self.case.name, name) {
-            Some(row) => {
-                let distance = distance(row.measure, expected, found);
-                self.record(name, row.measure, distance);
+        let in_half = self
+            .accuracy
+            .and_then(|accuracy| tolerances::in_half(accuracy, &self.case.name, name));
+        let in_table = || tolerances::find(&self.case.name, name).map(|row| row.measure);
+        match in_half.or_else(in_table) {
+            Some(measure) => {
+                let distance = distance(measure, expected, found);
+                self.record(name, measure, distance);
             }
             None => self.failed(name, "no row of the tolerance table covers it".to_owned()),
+        }
+    }
+
+    /// Has what the engine computes be off by `factor` times as much, where it computes in 16 bits: what a case
+    /// multiplies, it multiplies with its rounding.
+    pub fn widen(&mut self, factor: f64) {
+        if let Some(accuracy) = &mut self.accuracy {
+            accuracy.velocity *= factor;
         }
     }
 

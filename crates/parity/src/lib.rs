@@ -25,12 +25,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Instant;
 
-use checker::CaseRun;
+use checker::{CaseRun, Execution};
 use console::{print_document, print_line};
-use engine::EngineName;
+use engine::{EngineChoice, EngineName};
 use fixture::{Case, FixtureError, FixtureSet};
 use pipeline::Failure;
 use report::{CaseResult, Report};
+use tensor::Precision;
+use tensor::device::cpu;
 
 /// What a parity run ends with, as an exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +41,8 @@ pub enum Outcome {
     Passed,
     /// At least one is not.
     Failed,
-    /// The directory cannot be used; the reason is on stderr.
-    BadDirectory,
+    /// The directory cannot be used, or the engine has no card; the reason is on stderr.
+    Refused,
 }
 
 impl Outcome {
@@ -49,7 +51,7 @@ impl Outcome {
         match self {
             Self::Passed => 0,
             Self::Failed => 1,
-            Self::BadDirectory => 2,
+            Self::Refused => 2,
         }
     }
 }
@@ -57,17 +59,14 @@ impl Outcome {
 /// Runs every case of a fixture directory, the transformer in `engine`, and prints what it found on stdout: a line per case as it ends, or with
 /// `json` one document at the end.
 pub fn run(fixtures: &Path, engine: EngineName, json: bool) -> Outcome {
-    let set = match FixtureSet::open(fixtures) {
+    let set = match open(fixtures, engine) {
         Ok(set) => set,
-        Err(error) => {
-            let failure = Failure::bad_input(error).with_help(
-                "give a directory that the oracle's make_fixtures.py wrote, see docs/parity.md",
-            );
+        Err(failure) => {
             if json {
                 print_document(&serde_json::json!({ "error": failure.to_json() }));
             }
             console::tell(&failure);
-            return Outcome::BadDirectory;
+            return Outcome::Refused;
         }
     };
     let report = if json {
@@ -87,17 +86,66 @@ pub fn run(fixtures: &Path, engine: EngineName, json: bool) -> Outcome {
     }
 }
 
-/// Runs every case of an opened set; `each` sees the results as they come.
-///
-/// What only `mmdit` can say (what happens between blocks) is `mmdit`'s with any engine.
-pub fn check(set: &FixtureSet, engine: EngineName, mut each: impl FnMut(&CaseResult)) -> Report {
-    let mut cases = Vec::with_capacity(set.cases().len());
-    for case in set.cases() {
-        let result = check_case(set, case, engine);
-        each(&result);
-        cases.push(result);
+/// The set, once it is sure that the engine can run it.
+fn open(fixtures: &Path, engine: EngineName) -> Result<FixtureSet, Failure> {
+    let set = FixtureSet::open(fixtures).map_err(|error| {
+        Failure::bad_input(error).with_help(
+            "give a directory that the oracle's make_fixtures.py wrote, see docs/parity.md",
+        )
+    })?;
+    if engine == EngineName::Cuda {
+        let named = EngineChoice::Named(engine).resolve("cuda", &cpu(), Precision::Bf16);
+        named.map_err(|error| {
+            let help = error.help("train");
+            Failure::bad_input(error).with_help(help)
+        })?;
     }
-    Report::new(set, cases)
+    Ok(set)
+}
+
+/// Runs the cases of an opened set; `each` sees the results as they come.
+///
+/// What only `mmdit` can say (what happens between blocks) is `mmdit`'s with any engine. The engine `cuda` computes in 16
+/// bits, so with it the cases are [`check_in_half`]'s.
+pub fn check(set: &FixtureSet, engine: EngineName, each: impl FnMut(&CaseResult)) -> Report {
+    if engine == EngineName::Cuda {
+        return check_in_half(set, engine, each);
+    }
+    let execution = Execution {
+        engine,
+        ..Execution::PORTABLE
+    };
+    let cases = set.cases().iter().map(|case| (case, execution));
+    check_all(set, cases, each)
+}
+
+/// Runs the cases of the transformer at work, each in bf16 and in fp16, under the bounds of
+/// [`engine_cuda::model::Accuracy`].
+pub fn check_in_half(
+    set: &FixtureSet,
+    engine: EngineName,
+    each: impl FnMut(&CaseResult),
+) -> Report {
+    let of_the_transformer = |case: &&Case| cases::is_of_the_transformer(&case.name);
+    let cases = set.cases().iter().filter(of_the_transformer);
+    let twice = cases.flat_map(|case| {
+        [Precision::Bf16, Precision::F16].map(|precision| (case, Execution { engine, precision }))
+    });
+    check_all(set, twice, each)
+}
+
+fn check_all<'a>(
+    set: &FixtureSet,
+    cases: impl Iterator<Item = (&'a Case, Execution)>,
+    mut each: impl FnMut(&CaseResult),
+) -> Report {
+    let results = cases.map(|(case, execution)| {
+        let result = check_case(set, case, execution);
+        each(&result);
+        result
+    });
+    let results = results.collect();
+    Report::new(set, results)
 }
 
 /// Opens a directory and runs it with the portable engine, for tests.
@@ -114,12 +162,11 @@ pub fn check_dir(fixtures: &Path) -> Result<Report, FixtureError> {
 }
 
 /// Runs one case. An error or a panic in it (mathematics panics on wrong sizes) fails this case and no other.
-fn check_case(set: &FixtureSet, case: &Case, engine: EngineName) -> CaseResult {
+fn check_case(set: &FixtureSet, case: &Case, execution: Execution) -> CaseResult {
     let start = Instant::now();
-    let (tensors, stopped_by) = match CaseRun::open(set, case) {
+    let (tensors, stopped_by) = match CaseRun::open_for(set, case, execution) {
         Err(error) => (Vec::new(), Some(error.to_string())),
         Ok(mut run) => {
-            run.engine = engine;
             let ended = catch_unwind(AssertUnwindSafe(|| cases::run(&mut run)));
             let stopped_by = match ended {
                 Ok(Ok(())) => None,
@@ -132,12 +179,12 @@ fn check_case(set: &FixtureSet, case: &Case, engine: EngineName) -> CaseResult {
             }
         }
     };
-    CaseResult::new(
-        &case.name,
-        tensors,
-        stopped_by,
-        start.elapsed().as_secs_f64(),
-    )
+    let name = match execution.precision {
+        Precision::F32 => case.name.clone(),
+        Precision::Bf16 => format!("{} in bf16", case.name),
+        Precision::F16 => format!("{} in fp16", case.name),
+    };
+    CaseResult::new(&name, tensors, stopped_by, start.elapsed().as_secs_f64())
 }
 
 fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use engine::EngineName;
 use parity::fixture::FixtureSet;
 use parity::report::{CaseResult, Report};
-use parity::{check, check_dir, report};
+use parity::{Outcome, check, check_dir, check_in_half, report};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -71,6 +71,34 @@ fn the_committed_fixtures_agree() {
         let report = check(&set, engine, |case| println!("{}", report::lines(case)));
         assert!(report.ok, "{engine}: see the lines above");
         assert_eq!(report.cases.len(), set.cases().len());
+    }
+}
+
+/// The bounds of 16 bits, and everything around them that the engine `cuda` needs a card for, with Burn on the CPU.
+#[test]
+fn the_transformers_cases_hold_in_sixteen_bits() {
+    let set = FixtureSet::open(&small()).expect("it is committed");
+    let report = check_in_half(&set, EngineName::Portable, |case| {
+        println!("{}", report::lines(case));
+    });
+    assert!(report.ok, "see the lines above");
+    let names: Vec<&str> = report.cases.iter().map(|case| case.name.as_str()).collect();
+    assert!(
+        names
+            .iter()
+            .any(|name| name.starts_with("train_micro_") && name.ends_with("in fp16"))
+    );
+    assert!(
+        names.iter().all(|name| !name.starts_with("vae_")),
+        "{names:?}"
+    );
+}
+
+#[test]
+fn without_a_card_the_engine_cuda_is_refused() {
+    if engine_cuda::device::probe(0).is_err() {
+        let outcome = parity::run(&small(), EngineName::Cuda, true);
+        assert_eq!((outcome, outcome.exit_code()), (Outcome::Refused, 2));
     }
 }
 

@@ -224,6 +224,8 @@ pub enum ParityEngine {
     Portable,
     /// engine-cpu
     Cpu,
+    /// engine-cuda on an NVIDIA card: the transformer's cases, in bf16 and in fp16
+    Cuda,
 }
 
 impl ParityEngine {
@@ -232,6 +234,7 @@ impl ParityEngine {
         match self {
             Self::Portable => EngineName::Portable,
             Self::Cpu => EngineName::Cpu,
+            Self::Cuda => EngineName::Cuda,
         }
     }
 }

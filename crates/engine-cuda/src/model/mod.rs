@@ -1,11 +1,12 @@
 //! The network: weights, forward, backward, training step, sampler.
 //!
-//! * [`error`], [`sizes`]: what can be run.
+//! * [`error`], [`sizes`]: what can be run. * [`accuracy`]: how exactly.
 //! * [`source`], [`linear`], [`network`]: weights and where they come from.
 //! * [`factors`]: the LoRA on the device.
 //! * [`joint`], [`modulations`], [`double`], [`single`], [`pass`]: the schedule, forward and backward.
 //! * [`engine`]: a loaded model; [`train`] and [`sampler`]: its two uses. * [`full`]: training of all weights.
 
+pub mod accuracy;
 pub mod double;
 pub mod engine;
 pub mod error;
@@ -25,6 +26,7 @@ pub mod source;
 mod tests;
 pub mod train;
 
+pub use accuracy::Accuracy;
 pub use engine::{Engine, EngineOptions, VelocityInput};
 pub use error::ModelError;
 pub use factors::LoraFactors;

@@ -50,34 +50,6 @@ pub const ADAMW: AdamWConfig = AdamWConfig {
 /// Gradients of half precision are scaled so that small ones stay numbers.
 pub const LOSS_SCALE: f32 = 1024.0;
 
-/// Largest relative errors against `f32`.
-#[derive(Clone, Copy, Debug)]
-pub struct Tolerances {
-    pub velocity: f64,
-    /// Of all LoRA gradients as one vector.
-    pub gradients: f64,
-    /// Of the worst single factor's gradient.
-    pub gradient: f64,
-}
-
-/// What a network of a width may be off by.
-///
-/// fp16 keeps 11 bits and holds 2e-3 and 2e-2 everywhere: the arithmetic is right. bf16 keeps 8, and what its layers
-/// round away averages out over their width: at FLUX.1-dev's 1e-2 and 2e-2 hold for velocity and gradients, networks of
-/// 48 to 112 channels were seen at 1.2e-2 and 2.6e-2 (H200, 2026-11-23), and a single small factor at 6.2e-2.
-pub fn tolerances(t: Half, config: &MmditConfig) -> Tolerances {
-    let [velocity, gradients, gradient] = match t {
-        Half::F16 => [2e-3, 2e-2, 2e-2],
-        Half::Bf16 if config.width() >= 1024 => [1e-2, 2e-2, 6e-2],
-        Half::Bf16 => [1.5e-2, 3e-2, 8e-2],
-    };
-    Tolerances {
-        velocity,
-        gradients,
-        gradient,
-    }
-}
-
 /// One configuration and batch.
 pub struct Case {
     pub label: &'static str,

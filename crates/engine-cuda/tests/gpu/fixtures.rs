@@ -8,7 +8,7 @@ use std::path::Path;
 
 use artifacts::SafetensorsFile;
 use engine_cuda::model::{
-    Engine, EngineOptions, LoraFactors, MicroBatch, Recompute, SamplerInput, Shape,
+    Accuracy, Engine, EngineOptions, LoraFactors, MicroBatch, Recompute, SamplerInput, Shape,
     TrainingOptions, VelocityInput, WeightForm,
 };
 use engine_cuda::stream::OpenOptions;
@@ -17,7 +17,7 @@ use lora::{LoraFile, Target};
 use mmdit::MmditConfig;
 use quant::{AdamWConfig, OptimizerKind};
 
-use crate::cases::{Tolerances, distance, tolerances};
+use crate::cases::distance;
 use crate::report::Report;
 use crate::support::name;
 
@@ -87,8 +87,8 @@ impl Set<'_> {
             .collect()
     }
 
-    fn tolerances(&self) -> Tolerances {
-        tolerances(self.t, &self.config)
+    fn accuracy(&self) -> Accuracy {
+        Accuracy::of(self.t, &self.config)
     }
 }
 
@@ -198,11 +198,7 @@ fn velocities(
         }
         let found = engine.velocity(&input).expect("it runs");
         let off = distance(&found, &expected);
-        report.check(
-            &format!("{label}: {output}"),
-            off,
-            set.tolerances().velocity,
-        );
+        report.check(&format!("{label}: {output}"), off, set.accuracy().velocity);
     }
 }
 
@@ -275,7 +271,7 @@ fn micro_step(
     report.check(
         &format!("{label}: loss"),
         off,
-        2.0 * set.tolerances().velocity,
+        2.0 * set.accuracy().velocity,
     );
     let found: BTreeMap<String, Vec<f32>> = engine
         .gradients()
@@ -298,12 +294,12 @@ fn micro_step(
     report.check(
         &format!("{label}: all gradients together"),
         together,
-        set.tolerances().gradients,
+        set.accuracy().gradients,
     );
     report.check(
         &format!("{label}: worst gradient, {at}"),
         worst,
-        set.tolerances().gradient,
+        set.accuracy().gradient,
     );
 }
 
@@ -365,6 +361,6 @@ fn trajectory(
     report.check(
         &format!("{label}: latents, worst of all steps"),
         worst,
-        set.tolerances().velocity * f64::from(scale.max(1.0)),
+        set.accuracy().velocity * f64::from(scale.max(1.0)),
     );
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use engine_cuda::model::engine::tokens_of;
-use engine_cuda::model::{FullOptions, FullTrainer, Shape};
+use engine_cuda::model::{Accuracy, FullOptions, FullTrainer, Shape};
 use engine_cuda::ops::draw::{Purpose, normals};
 use engine_cuda::{Half, Stream};
 use flow_matching::weighted_mse;
@@ -12,7 +12,7 @@ use mmdit::{Adapters, BaseWeights, LoadOptions, Mmdit, MmditConfig, MmditInput};
 use tensor::device::{cpu, training};
 use tensor::{ParameterSpec, Precision, Tensor, Weights, from_f32, to_f32};
 
-use crate::cases::{gradient_distance, open, tolerances, weights};
+use crate::cases::{gradient_distance, open, weights};
 use crate::report::Report;
 use crate::support::{name, numbers};
 
@@ -283,7 +283,7 @@ fn one(setting: &Setting, t: Half, label: &str, report: &mut Report) {
     report.check(
         &format!("{label}: loss"),
         off,
-        tolerances(t, &setting.config).velocity,
+        Accuracy::of(t, &setting.config).velocity,
     );
     let (worst, at, all) = gradient_distance(&found, &expected);
     let bound = match t {

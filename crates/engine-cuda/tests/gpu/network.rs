@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use engine_cuda::Half;
 use engine_cuda::gemm::WORKSPACE_BYTES;
 use engine_cuda::model::{
-    Engine, EngineOptions, LoraFactors, Recompute, SamplerInput, VelocityInput, WeightForm,
+    Accuracy, Engine, EngineOptions, LoraFactors, Recompute, SamplerInput, VelocityInput,
+    WeightForm,
 };
 use engine_cuda::plan::{PlanRequest, lora_sizes, plan};
 use engine_cuda::stream::Rates;
@@ -17,7 +18,7 @@ use tensor::{from_f32, to_f32};
 
 use crate::cases::{
     Batch, Case, LOSS_SCALE, adapters, cases, distance, engine, factors, gradient_distance,
-    reference, reference_step, reference_velocity, tolerances, training_options, weights,
+    reference, reference_step, reference_velocity, training_options, weights,
 };
 use crate::report::Report;
 use crate::support::{name, numbers};
@@ -69,7 +70,7 @@ fn one(case: &Case, t: Half, report: &mut Report) {
     report.check(
         &format!("{label}: velocity"),
         distance(&found, &base),
-        tolerances(t, &case.config).velocity,
+        Accuracy::of(t, &case.config).velocity,
     );
     engine.attach_lora(&lora, true).expect("it fits");
     let found = engine.velocity(&input).expect("it runs");
@@ -77,7 +78,7 @@ fn one(case: &Case, t: Half, report: &mut Report) {
     report.check(
         &format!("{label}: velocity under the LoRA"),
         distance(&found, &adapted),
-        tolerances(t, &case.config).velocity,
+        Accuracy::of(t, &case.config).velocity,
     );
     report.check(
         &format!("{label}: what the LoRA changes (inverse)"),
@@ -109,7 +110,7 @@ fn one(case: &Case, t: Half, report: &mut Report) {
             report.check(
                 &format!("{label}: velocity, NF4, double quantised {double_quant}"),
                 distance(&found, &expected),
-                tolerances(t, &case.config).velocity,
+                Accuracy::of(t, &case.config).velocity,
             );
         }
     }
@@ -160,18 +161,18 @@ fn gradients(
     report.check(
         &format!("{label}: loss"),
         off,
-        tolerances(t, &case.config).velocity,
+        Accuracy::of(t, &case.config).velocity,
     );
     let (worst, at, all) = gradient_distance(found, &expected);
     report.check(
         &format!("{label}: all gradients together"),
         all,
-        tolerances(t, &case.config).gradients,
+        Accuracy::of(t, &case.config).gradients,
     );
     report.check(
         &format!("{label}: worst gradient, {at}"),
         worst,
-        tolerances(t, &case.config).gradient,
+        Accuracy::of(t, &case.config).gradient,
     );
     let others = kept[1..].iter().filter(|other| *other != &kept[0]).count();
     report.check(
@@ -197,14 +198,14 @@ fn gradients(
         report.check(
             &format!("{label}: samples one by one against a batch"),
             apart,
-            tolerances(t, &case.config).velocity,
+            Accuracy::of(t, &case.config).velocity,
         );
         let (sum, count) = engine.loss_sum().expect("it is there");
         let off = f64::from((sum / count as f32 - loss).abs() / loss);
         report.check(
             &format!("{label}: loss, one by one"),
             off,
-            tolerances(t, &case.config).velocity,
+            Accuracy::of(t, &case.config).velocity,
         );
     }
     steps(case, label, engine, batch, report);
@@ -382,7 +383,7 @@ fn trajectories(
             &format!("{label}: {STEPS} sampler steps, true guidance {scale:?}"),
             distance(&found, &sample),
             // Guidance multiplies the difference of two velocities, and with it their rounding.
-            tolerances(t, &case.config).velocity * f64::from(scale.unwrap_or(1.0)),
+            Accuracy::of(t, &case.config).velocity * f64::from(scale.unwrap_or(1.0)),
         );
     }
 }

@@ -24,6 +24,13 @@ struct UnknownCase {
     name: String,
 }
 
+/// Whether a case is one of the transformer at work in its engine: velocities, gradients, trajectories.
+pub(crate) fn is_of_the_transformer(name: &str) -> bool {
+    ["transformer_", "train_micro_", "sample_"]
+        .iter()
+        .any(|prefix| name.starts_with(prefix))
+}
+
 /// Runs the case that `run` belongs to.
 pub(crate) fn run(run: &mut CaseRun) -> Result<(), CaseError> {
     match run.name() {

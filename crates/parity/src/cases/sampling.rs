@@ -77,6 +77,9 @@ pub fn sample(run: &mut CaseRun) -> Result<(), CaseError> {
                 scale: params.true_cfg_scale,
             }),
     };
+    if has_cfg {
+        run.widen(params.true_cfg_scale);
+    }
     let mut steps = Vec::new();
     let latents = denoise(engine.as_mut(), &denoising, |_, latents| {
         steps.push(latents.clone());

@@ -14,13 +14,14 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::path::Path;
 use tensor::device::{cpu, training};
-use tensor::{Precision, from_f32};
+use tensor::from_f32;
 use train::batch::{LatentScaling, sample_posterior};
 
 use super::schedules::weighting;
 use super::transformer;
 use crate::checker::{CaseError, CaseRun};
 use crate::compare::Values;
+use crate::tolerances::ALL_GRADIENTS;
 
 /// A setting of a case that this program has no counterpart for.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +60,7 @@ impl Setup {
         };
         let model = transformer::open(run, &training(&cpu()), base)?;
         let dir = run.set.model().join("transformer");
-        let gradients = engine::open_gradients(run.engine, &opening(&dir, base))?;
+        let gradients = engine::open_gradients(run.execution.engine, &opening(run, &dir, base))?;
         let file = LoraFile::read(&run.set.lora(), &transformer::targets(model.config()))?;
         let path = run.set.model().join("scheduler/scheduler_config.json");
         Ok(Self {
@@ -90,16 +91,19 @@ impl Setup {
     }
 }
 
-/// The set's transformer in `f32` on the CPU.
-fn opening(dir: &Path, base: BaseWeights) -> Opening<'_> {
+/// The set's transformer in the run's precision; Burn's is on the CPU.
+fn opening<'a>(run: &CaseRun<'_>, dir: &'a Path, base: BaseWeights) -> Opening<'a> {
     Opening {
         dir,
         device: cpu(),
         card: 0,
-        precision: Precision::F32,
+        precision: run.execution.precision,
         base,
     }
 }
+
+/// Scale of the loss in 16 bits.
+const LOSS_SCALE: f32 = 1024.0;
 
 #[derive(Deserialize)]
 struct MicroParams {
@@ -164,10 +168,8 @@ pub fn micro(run: &mut CaseRun) -> Result<(), CaseError> {
     let prediction = predict(&setup.model, &rope, &leaves.adapters, &batch, guidance);
     run.output_tensor("noisy", &prediction.noisy);
     run.output_tensor("target", &prediction.target);
-    let mut engine = engine::open(
-        run.engine,
-        &opening(&run.set.model().join("transformer"), setup.base),
-    )?;
+    let dir = run.set.model().join("transformer");
+    let mut engine = engine::open(run.execution.engine, &opening(run, &dir, setup.base))?;
     engine.set_lora(&setup.lora.factors())?;
     let [noisy, _] = batch.noisy_and_target();
     let times = batch.points.iter().map(|point| model_time(point.timestep));
@@ -188,13 +190,37 @@ pub fn micro(run: &mut CaseRun) -> Result<(), CaseError> {
         &unpatchify(from_f32(velocity, tokens, &cpu()), h, w),
     );
 
-    let step = setup
+    let loss_factor = loss_factor(run, &batch);
+    let mut step = setup
         .gradients
-        .micro_step(&setup.lora, &batch, guidance, 1.0)?;
+        .micro_step(&setup.lora, &batch, guidance, loss_factor)?;
+    for value in step.gradients.iter_mut().flatten() {
+        *value /= loss_factor;
+    }
     run.output_f32("loss", vec![step.loss], &[]);
     run.output_f32("grad_norm", vec![global_norm(&step.gradients)], &[]);
+    if run.execution.in_half() {
+        let mut all = Vec::new();
+        for key in setup.keys() {
+            all.extend(run.f32(&format!("out.grad.{key}"))?.0);
+        }
+        let found = step.gradients.concat();
+        let shapes = [[all.len()], [found.len()]];
+        let (expected, found) = (Values::F32(all), Values::F32(found));
+        run.against(ALL_GRADIENTS, (&expected, &shapes[0]), (&found, &shapes[1]));
+    }
     output_tensors(run, "grad.", &setup, step.gradients);
     Ok(())
+}
+
+/// What the loss is multiplied by before the backward pass. 16 bits keep small gradients numbers so; weightings reach a
+/// million, and are taken out again so that large ones stay numbers too.
+fn loss_factor(run: &CaseRun<'_>, batch: &MicroBatch) -> f32 {
+    if !run.execution.in_half() {
+        return 1.0;
+    }
+    let weights = batch.points.iter().map(|point| point.weight);
+    LOSS_SCALE / weights.fold(1.0, f32::max)
 }
 
 /// Hands over one array per LoRA tensor.

@@ -33,16 +33,16 @@ pub(super) fn targets(config: &MmditConfig) -> Vec<Target> {
         .collect()
 }
 
-/// The set's transformer in the run's engine, in `f32` on the CPU.
+/// The set's transformer in the run's engine and precision; Burn's is on the CPU.
 pub(super) fn open_engine(run: &CaseRun) -> Result<Box<dyn Engine>, CaseError> {
     let opening = Opening {
         dir: &run.set.model().join("transformer"),
         device: cpu(),
         card: 0,
-        precision: Precision::F32,
+        precision: run.execution.precision,
         base: BaseWeights::Plain,
     };
-    Ok(engine::open(run.engine, &opening)?)
+    Ok(engine::open(run.execution.engine, &opening)?)
 }
 
 /// A LoRA's factors at a strength.
