@@ -57,13 +57,19 @@ pub(crate) enum RunBenchError {
     #[error(transparent)]
     Recipe(#[from] RecipeError),
     #[error(transparent)]
-    Train(#[from] TrainError),
+    Train(Box<TrainError>),
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
     File(#[from] ArtifactError),
     #[error("cannot make a folder for the run's files")]
     Folder(#[from] std::io::Error),
+}
+
+impl From<TrainError> for RunBenchError {
+    fn from(error: TrainError) -> Self {
+        Self::Train(Box::new(error))
+    }
 }
 
 /// What a run took.
@@ -309,7 +315,7 @@ fn open_pairs(
     folder: &Path,
     config: &MmditConfig,
     recipe: &Recipe,
-) -> Result<TrainingData, TrainError> {
+) -> Result<TrainingData, RunBenchError> {
     let vae = AutoencoderConfig::flux();
     let data_files = DataFiles {
         samples: folder.join(files::SAMPLES),
@@ -328,7 +334,8 @@ fn open_pairs(
         },
     };
     let t5_tokens = recipe.embed_text.t5_tokens;
-    TrainingData::open(&data_files, config, t5_tokens, digest(), sampling)
+    let opened = TrainingData::open(&data_files, config, t5_tokens, digest(), sampling);
+    Ok(opened?)
 }
 
 #[cfg(test)]

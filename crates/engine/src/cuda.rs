@@ -200,11 +200,12 @@ impl Engine for Cuda {
 
     fn set_lora(&mut self, factors: &[Factors]) -> Result<(), RunError> {
         let factors = merged(factors);
-        Ok(if factors.is_empty() {
-            self.engine.detach_lora()?
+        if factors.is_empty() {
+            self.engine.detach_lora()?;
         } else {
-            self.engine.attach_lora(&factors, false)?
-        })
+            self.engine.attach_lora(&factors, false)?;
+        }
+        Ok(())
     }
 
     fn draw(

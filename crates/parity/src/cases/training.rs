@@ -437,13 +437,16 @@ fn set_values(run: &CaseRun, setup: &mut Setup, prefix: &str) -> Result<(), Case
     Ok(())
 }
 
-/// One step of training: the losses of its micro-batches, the global norm, and the clipped gradients.
+/// The losses of a step's micro-batches, the global norm, and the clipped gradients.
+type Taken = (Vec<f32>, f32, Vec<Vec<f32>>);
+
+/// One step of training.
 fn take_step(
     setup: &mut Setup,
     optimizer: &mut LoraOptimizer,
     params: &OptParams,
     group: &[MicroBatch],
-) -> Result<(Vec<f32>, f32, Vec<Vec<f32>>), RunError> {
+) -> Result<Taken, RunError> {
     let loss_factor = optimizer.loss_factor(params.accumulation);
     let mut losses = Vec::new();
     let mut sum = GradientSum::new();
