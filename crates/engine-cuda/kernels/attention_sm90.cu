@@ -22,9 +22,7 @@ constexpr int SLICES = HEAD_DIM / 64;
 constexpr int R_D = HEAD_DIM / 2;           // accumulator registers of 64 × HEAD_DIM
 constexpr int OWN_ROWS = 128;               // queries (or keys) of a block, 64 for each computing warpgroup
 constexpr int THREADS = 384;                // one loading warpgroup, two computing
-#ifndef FORWARD_KEYS
-#define FORWARD_KEYS 128                    // keys of a tile in the forward pass: 128 or 176
-#endif
+#define FORWARD_KEYS 128                    // keys of a tile in the forward pass
 constexpr int FORWARD_STAGES = 2;
 constexpr int BACKWARD_ROWS = 64;           // rows of a streamed tile in the backward pass
 #ifndef BACKWARD_STAGES

@@ -1,4 +1,4 @@
-// Layer norm with modulation, alone and with the gated residual before it; going back, with the gate after it.
+// Layer norm with modulation, alone and with the gated residual before it, and the gradient of the former.
 //
 //     x' = x + gate·y          n = (x' − μ)/σ          out = n·(1 + scale) + shift
 //
@@ -116,10 +116,10 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     modulate(out + row * d, cache, x_row, shift + sample * mod_stride, scale + sample * mod_stride, s, vectors);
 }
 
-// dx (+)= the gradient of ln_modulate, and gated = gate·dx if `gated` is not null. `stats` may be null.
-static __device__ __forceinline__ void backward_row(T* dx, T* gated, const T* dy, const T* x, const float2* stats,
-                                                    const T* scale, const T* gate, int mod_stride, int tokens, int d,
-                                                    float eps, int accumulate) {
+// Grid: rows. dx (+)= the gradient of ln_modulate. `stats` may be null.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+    ln_modulate_backward(T* dx, const T* dy, const T* x, const float2* stats, const T* scale, int mod_stride, int rows,
+                         int tokens, int d, float eps, int accumulate) {
     __shared__ float scratch[4 * NORM_THREADS / WARP];
     const long long row = blockIdx.x, sample = blockIdx.x / tokens;
     const int vectors = d / 8;
@@ -162,15 +162,7 @@ static __device__ __forceinline__ void backward_row(T* dx, T* gated, const T* dy
 #pragma unroll
             for (int j = 0; j < 8; ++j) out.v[j] += before.v[j];
         }
-        const uint4 bits = pack8(out);
-        store_bits(dx, i, bits);
-        if (gated) {
-            Vec8 rounded = unpack8(bits);
-            const Vec8 factor = load8(gate + sample * mod_stride, i);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) rounded.v[j] *= factor.v[j];
-            store8(gated + row * d, i, rounded);
-        }
+        store8(dx, i, out);
     };
 #pragma unroll
     for (int k = 0; k < CACHED; ++k) {
@@ -179,18 +171,4 @@ static __device__ __forceinline__ void backward_row(T* dx, T* gated, const T* dy
     }
     for (int i = threadIdx.x + CACHED * NORM_THREADS; i < vectors; i += NORM_THREADS)
         write(i, load_bits(x, i), load_bits(dy, i));
-}
-
-// Grid: rows.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    ln_modulate_backward(T* dx, const T* dy, const T* x, const float2* stats, const T* scale, int mod_stride, int rows,
-                         int tokens, int d, float eps, int accumulate) {
-    backward_row(dx, nullptr, dy, x, stats, scale, nullptr, mod_stride, tokens, d, eps, accumulate);
-}
-
-// Grid: rows. As ln_modulate_backward followed by gate_backward of the gate that came before in the forward pass.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    ln_modulate_backward_gated(T* dx, T* gated, const T* dy, const T* x, const float2* stats, const T* scale,
-                               const T* gate, int mod_stride, int rows, int tokens, int d, float eps, int accumulate) {
-    backward_row(dx, gated, dy, x, stats, scale, gate, mod_stride, tokens, d, eps, accumulate);
 }

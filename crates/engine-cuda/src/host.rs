@@ -188,9 +188,22 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
     };
     let rows = launch.grid[0] as usize;
     match kernel {
-        "ln_modulate" | "norm_rows_1" => {
-            let (out, kept, x, shift, scale) = (r.t(), r.floats(), r.t(), r.t(), r.t());
+        "ln_modulate" | "norm_rows_1" | "gate_residual_ln_modulate" => {
+            let gated = (kernel == "gate_residual_ln_modulate").then(|| r.t());
+            let (out, kept, x) = (r.t(), r.floats(), r.t());
+            let update = gated.map(|sum| (sum, r.t(), r.t()));
+            let (shift, scale) = (r.t(), r.t());
             let (stride, rows, tokens, d, eps) = (r.int(), r.int(), r.int(), r.int(), r.f32());
+            let x = match update {
+                None => x,
+                Some((sum, gate, y)) => {
+                    for i in 0..rows * d {
+                        let g = gate.get(i / d / tokens * stride + i % d);
+                        sum.set(i, x.get(i) + g * y.get(i));
+                    }
+                    sum
+                }
+            };
             for row in 0..rows {
                 let (mean, inverse) = stats(x, row * d, d, eps);
                 if kept.0 != 0 {

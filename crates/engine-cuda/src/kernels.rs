@@ -262,15 +262,27 @@ impl Kernels {
         Ok(loaded)
     }
 
+    /// What NVRTC is told.
+    fn options(&self, defines: &[&str]) -> Vec<String> {
+        let architecture = format!("--gpu-architecture={}", self.architecture);
+        let fixed = [
+            "-std=c++17",
+            "-default-device",
+            "-lineinfo",
+            // NVRTC's defaults, which no wrapper or later version may change: the kernels of NF4 and of the optimisers equal
+            // bitsandbytes and PyTorch to the bit, small numbers, quotients and roots included.
+            "--ftz=false",
+            "--prec-div=true",
+            "--prec-sqrt=true",
+        ];
+        let options = std::iter::once(architecture.as_str());
+        let options = options.chain(fixed).chain(defines.iter().copied());
+        options.map(str::to_owned).collect()
+    }
+
     /// The compiled module, from disk or from NVRTC.
     fn binary(&self, module: &'static Module, defines: &[&str]) -> Result<Vec<u8>, CudaError> {
-        let mut options = vec![
-            format!("--gpu-architecture={}", self.architecture),
-            "-std=c++17".to_owned(),
-            "-default-device".to_owned(),
-            "-lineinfo".to_owned(),
-        ];
-        options.extend(defines.iter().map(|define| (*define).to_owned()));
+        let options = self.options(defines);
         let path = self
             .cache
             .as_ref()
@@ -429,6 +441,19 @@ mod tests {
         assert_eq!(args.words[0], 7);
         assert_eq!(args.words[18], u64::from(1.0f32.to_bits()));
         assert_eq!(args.view_bytes(), 10);
+    }
+
+    #[test]
+    fn small_numbers_quotients_and_roots_are_ieee_for_all_kernels() {
+        let options = Kernels::new((8, 0), None).options(&["-DT_F16"]);
+        for option in [
+            "--ftz=false",
+            "--prec-div=true",
+            "--prec-sqrt=true",
+            "-DT_F16",
+        ] {
+            assert!(options.iter().any(|given| given == option), "{options:?}");
+        }
     }
 
     #[test]

@@ -134,12 +134,19 @@ impl DoubleWeights {
             };
             let y = all.map_or_else(|| cx.half(rows * d), |all| all.updates[0]);
             w.out.forward(cx, y, d, mixed, rows, inner_out)?;
-            modulations.gate(cx, gate_msa, kept_s.sum, x[s], y, samples, false)?;
             // Unless it is kept, `y` is used again for the normed sum, and at last for the MLP's output.
             let normed = all.map_or(y, |all| all.normed[1]);
             let stats = all.map(|all| all.stats[1]);
             let shifts = [shift_mlp, scale_mlp];
-            modulations.norm(cx, shifts, normed, stats, kept_s.sum, samples)?;
+            modulations.gate_and_norm(
+                cx,
+                (gate_msa, shifts),
+                (kept_s.sum, normed),
+                stats,
+                x[s],
+                y,
+                samples,
+            )?;
             let mlp = joint.sizes.mlp;
             w.up.forward(cx, kept_s.hidden, mlp, normed, rows, inner_up)?;
             if out.is_none() && !w.down.needs_input() {

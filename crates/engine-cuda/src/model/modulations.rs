@@ -117,6 +117,31 @@ impl Modulations {
         }
     }
 
+    /// [`Modulations::gate`] into `sum` without clipping, and [`Modulations::norm`] of that into `out`, with the same bits;
+    /// in one pass where no gradients are wanted of the vectors. `out` may be `y`.
+    #[allow(clippy::too_many_arguments)] // a kernel's
+    pub fn gate_and_norm(
+        &self,
+        cx: &Cx<'_>,
+        (gate, places): (usize, [usize; 2]),
+        (sum, out): (View, View),
+        stats: Option<View>,
+        residual: View,
+        y: View,
+        [b, tokens, d]: Samples,
+    ) -> Result<(), CudaError> {
+        if self.gradient.is_some() {
+            self.gate(cx, gate, sum, residual, y, [b, tokens, d], false)?;
+            return self.norm(cx, places, out, stats, sum, [b, tokens, d]);
+        }
+        let [gate, shift, scale] = [gate, places[0], places[1]].map(|offset| self.at(offset));
+        let (s, t, stride, rows) = (cx.stream, cx.t, self.stride, b * tokens);
+        norm::gate_residual_ln_modulate(
+            s, t, sum, out, stats, residual, gate, y, shift, scale, stride, rows, tokens, d,
+            EPSILON, false,
+        )
+    }
+
     /// `dy = gate·dout`; and, if they are wanted, the gradients of the gate and of the bias of the layer that gave `y`.
     ///
     /// # Panics
