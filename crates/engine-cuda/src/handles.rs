@@ -13,7 +13,6 @@ use crate::view::View;
 /// A context on a device. The driver's handles are valid until this is dropped.
 pub(crate) struct Context {
     pub(crate) device: sys::CUdevice,
-    pub(crate) handle: sys::CUcontext,
     pub(crate) stream: sys::CUstream,
 }
 

@@ -56,11 +56,7 @@ impl Stream {
             driver::ctx::set_current(handle).map_err(failed("cuCtxSetCurrent"))?;
             let stream = driver::stream::create(driver::stream::StreamKind::NonBlocking)
                 .map_err(failed("cuStreamCreate"))?;
-            let context = Context {
-                device,
-                handle,
-                stream,
-            };
+            let context = Context { device, stream };
             Rc::new(context)
         };
         let allocated = Rc::new(Cell::new(0));
@@ -234,13 +230,6 @@ impl Stream {
     /// Starts counting launches, and what they take at these rates.
     pub fn start_counting_at(&self, rates: Rates) {
         *self.meter.borrow_mut() = Meter::Count(rates, [Tally::default(); 4]);
-    }
-
-    /// Stops counting or timing. A dry stream counts on.
-    pub fn stop_metering(&self) {
-        if !self.is_dry() {
-            *self.meter.borrow_mut() = Meter::Off;
-        }
     }
 
     /// What was launched since counting began, in the order of [`Work::ALL`]. A dry stream always counts.
@@ -501,20 +490,6 @@ impl Stream {
             // SAFETY: graph and stream are alive; the graph's memory is kept by whoever keeps the graph.
             Some(stream) => unsafe { driver::graph::launch(graph.handle, stream) }
                 .map_err(failed("cuGraphLaunch")),
-        }
-    }
-
-    /// Makes this device's context the calling thread's, as every thread that uses the stream must once.
-    ///
-    /// # Errors
-    ///
-    /// If the driver fails.
-    pub fn make_current(&self) -> Result<(), CudaError> {
-        match &self.context {
-            None => Ok(()),
-            // SAFETY: the context is alive.
-            Some(context) => unsafe { driver::ctx::set_current(context.handle) }
-                .map_err(failed("cuCtxSetCurrent")),
         }
     }
 }
