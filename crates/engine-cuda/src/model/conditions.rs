@@ -6,27 +6,45 @@ use mmdit::config::NUM_SINUSOID_CHANNELS;
 
 use crate::error::CudaError;
 use crate::gemm::{Matrix, Output, Product};
-use crate::model::linear::Cx;
+use crate::model::linear::{Cx, Linear};
 use crate::model::network::{EmbedderWeights, Network};
 use crate::model::pass::Conditions;
 use crate::ops::elementwise;
 use crate::view::View;
 
-/// What one embedder keeps: its input, and the values before and behind SiLU.
+/// What one embedder keeps: its input, the values before and behind SiLU, and `x·Aᵀ` of its layers.
 struct KeptEmbedder {
     input: View,
     hidden: View,
     active: View,
+    inner: [Option<View>; 2],
 }
 
-/// What the conditions keep: their sum before and behind SiLU, T `[rows, d]`.
-pub(super) struct KeptConditions {
+/// What the conditions keep: their sum before and behind SiLU, T `[rows, d]`, and `x·Aᵀ` of the modulations' layers.
+pub(crate) struct KeptConditions {
     embedders: Vec<KeptEmbedder>,
     sum: View,
     active: View,
+    inner: Vec<Option<View>>,
 }
 
 impl Network {
+    /// Whether gradients are wanted of what gives the modulation vectors, and so of these.
+    pub(crate) fn trains_conditions(&self) -> bool {
+        let mut layers = self.modulation_layers().into_iter();
+        self.trains_embedders() || layers.any(|(linear, _)| linear.needs_input())
+    }
+
+    /// Whether gradients are wanted of the embedders of time, guidance and caption.
+    fn trains_embedders(&self) -> bool {
+        let mut embedders = self.embedders();
+        embedders.any(|e| {
+            [&e.linear_1, &e.linear_2]
+                .into_iter()
+                .any(Linear::needs_input)
+        })
+    }
+
     /// The embedders that there are, in the order in which their outputs are summed.
     fn embedders(&self) -> impl Iterator<Item = &EmbedderWeights> {
         [
@@ -43,7 +61,7 @@ impl Network {
     /// # Panics
     ///
     /// If there is a guidance embedder and no guidance scale.
-    pub(super) fn modulate_kept(
+    pub(crate) fn modulate_kept(
         &self,
         cx: &Cx<'_>,
         out: View,
@@ -71,30 +89,34 @@ impl Network {
                 input,
                 hidden: cx.half(rows * d),
                 active: cx.half(rows * d),
+                inner: [&embedder.linear_1, &embedder.linear_2].map(|linear| linear.keep(cx, rows)),
             };
             let (first, second) = (&embedder.linear_1, &embedder.linear_2);
-            first.forward(cx, kept.hidden, d, input, rows, None)?;
+            first.forward(cx, kept.hidden, d, input, rows, kept.inner[0])?;
             elementwise::silu(s, t, kept.active, kept.hidden, rows * d)?;
             if i == 0 {
-                second.forward(cx, sum, d, kept.active, rows, None)?;
+                second.forward(cx, sum, d, kept.active, rows, kept.inner[1])?;
             } else {
                 // `active` is not needed before the sum stands.
-                second.forward(cx, active, d, kept.active, rows, None)?;
+                second.forward(cx, active, d, kept.active, rows, kept.inner[1])?;
                 elementwise::add(s, t, sum, active, rows * d)?;
             }
             embedders.push(kept);
         }
         elementwise::silu(s, t, active, sum, rows * d)?;
-        self.modulations_of(cx, out, active, rows)?;
+        let inner = self.modulation_inner(cx, rows);
+        self.modulations_of(cx, out, active, rows, &inner)?;
         Ok(KeptConditions {
             embedders,
             sum,
             active,
+            inner,
         })
     }
 
-    /// From the gradients of all modulation vectors, T `[rows, width]`, to those of every weight before them.
-    pub(super) fn modulate_backward(
+    /// From the gradients of all modulation vectors, T `[rows, width]`, to those of every weight before them that is
+    /// trained, and of every factor.
+    pub(crate) fn modulate_backward(
         &self,
         cx: &Cx<'_>,
         gradient: View,
@@ -106,9 +128,15 @@ impl Network {
         let mark = cx.arena.mark();
         let wide = cx.f32(rows * d);
         let (dsum, dhidden) = (cx.half(rows * d), cx.half(rows * d));
+        let goes_on = self.trains_embedders();
         for (i, (linear, offset)) in self.modulation_layers().into_iter().enumerate() {
             let dy = gradient.elements_from(offset);
             linear.weight_backward(cx, dy, stride, kept.active, rows)?;
+            if !goes_on {
+                let (x, inner) = (Some(kept.active), kept.inner[i]);
+                linear.factors_backward(cx, None, (dy, stride), x, rows, inner)?;
+                continue;
+            }
             let product = Product {
                 m: rows,
                 n: d,
@@ -123,14 +151,23 @@ impl Network {
                 bias: None,
             };
             s.product(t, &product)?;
+            let dx = Some((wide, Output::F32));
+            let (x, inner) = (Some(kept.active), kept.inner[i]);
+            linear.factors_backward(cx, dx, (dy, stride), x, rows, inner)?;
+        }
+        if !goes_on {
+            cx.arena.release(mark);
+            return Ok(());
         }
         elementwise::to_half(s, t, dsum, wide, rows * d)?;
         elementwise::silu_backward(s, t, dsum, dsum, kept.sum, rows * d)?;
         for (embedder, kept) in self.embedders().zip(&kept.embedders) {
             let (first, second) = (&embedder.linear_1, &embedder.linear_2);
-            second.backward(cx, Some(dhidden), dsum, Some(kept.active), rows, None)?;
+            let [first_inner, second_inner] = kept.inner;
+            let active = Some(kept.active);
+            second.backward(cx, Some(dhidden), dsum, active, rows, second_inner)?;
             elementwise::silu_backward(s, t, dhidden, dhidden, kept.hidden, rows * d)?;
-            first.backward(cx, None, dhidden, Some(kept.input), rows, None)?;
+            first.backward(cx, None, dhidden, Some(kept.input), rows, first_inner)?;
         }
         cx.arena.release(mark);
         Ok(())

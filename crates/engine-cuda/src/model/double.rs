@@ -2,8 +2,8 @@
 //!
 //! Kept from forward to backward, per token and stream: the products before the head norms (3d), the sum after
 //! attention (d) and the MLP's hidden values before GELU (4d); attention's output (d) and sums; `x·Aᵀ` of adapted
-//! layers. Everything else is cheap to compute again: norms, GELU, turned queries and keys. Where all weights are
-//! trained, it is kept too.
+//! layers. Everything else is cheap to compute again: norms, GELU, turned queries and keys. Where modulations are
+//! trained, what is gated (2d) is kept too; where all weights are, everything.
 //!
 //! Source: `FluxTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
@@ -25,6 +25,8 @@ pub struct KeptStream {
     hidden: View,
     /// `x·Aᵀ` of qkv, out, up, down.
     inner: [Option<View>; 4],
+    /// Outputs of out and down, where gradients of their gates are wanted.
+    updates: Option<[View; 2]>,
     all: Option<AllOfStream>,
 }
 
@@ -37,8 +39,6 @@ struct AllOfStream {
     /// Inputs of out and down.
     mixed: View,
     activated: View,
-    /// Outputs of out and down.
-    updates: [View; 2],
 }
 
 /// What a double block keeps.
@@ -52,8 +52,8 @@ pub struct KeptDouble {
 }
 
 impl DoubleWeights {
-    /// Memory for what is kept.
-    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>) -> KeptDouble {
+    /// Memory for what is kept; `gates` says whether gradients of the gates are wanted.
+    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool) -> KeptDouble {
         let d = joint.sizes.d;
         let streams = STREAMS.map(|s| {
             let rows = joint.shape.rows(s);
@@ -63,12 +63,12 @@ impl DoubleWeights {
                 sum: cx.half(rows * d),
                 hidden: cx.half(rows * joint.sizes.mlp),
                 inner: [&w.qkv, &w.out, &w.up, &w.down].map(|linear| linear.keep(cx, rows)),
+                updates: gates.then(|| [cx.half(rows * d), cx.half(rows * d)]),
                 all: self.all_trained().then(|| AllOfStream {
                     normed: [cx.half(rows * d), cx.half(rows * d)],
                     stats: [cx.f32(2 * rows), cx.f32(2 * rows)],
                     mixed: cx.half(rows * d),
                     activated: cx.half(rows * joint.sizes.mlp),
-                    updates: [cx.half(rows * d), cx.half(rows * d)],
                 }),
             }
         });
@@ -132,10 +132,15 @@ impl DoubleWeights {
                 None => joint.part(cx, kept.o, s)?,
                 Some(all) => joint.fetch_into(cx, all.mixed, kept.o, s)?,
             };
-            let y = all.map_or_else(|| cx.half(rows * d), |all| all.updates[0]);
+            let updates = kept_s.updates;
+            let y = updates.map_or_else(|| cx.half(rows * d), |[y, _]| y);
             w.out.forward(cx, y, d, mixed, rows, inner_out)?;
             // Unless it is kept, `y` is used again for the normed sum, and at last for the MLP's output.
-            let normed = all.map_or(y, |all| all.normed[1]);
+            let normed = match (all, updates) {
+                (Some(all), _) => all.normed[1],
+                (None, Some(_)) => cx.half(rows * d),
+                (None, None) => y,
+            };
             let stats = all.map(|all| all.stats[1]);
             let shifts = [shift_mlp, scale_mlp];
             modulations.gate_and_norm(
@@ -149,19 +154,23 @@ impl DoubleWeights {
             )?;
             let mlp = joint.sizes.mlp;
             w.up.forward(cx, kept_s.hidden, mlp, normed, rows, inner_up)?;
-            if out.is_none() && !w.down.needs_input() {
+            if out.is_none() && !w.down.needs_input() && updates.is_none() {
                 cx.arena.release(mark);
                 continue;
             }
             let hidden = all.map_or_else(|| cx.half(rows * mlp), |all| all.activated);
             elementwise::gelu_tanh(cx.stream, cx.t, hidden, kept_s.hidden, rows, mlp, mlp, mlp)?;
-            let Some(out) = out else {
+            if out.is_none() && updates.is_none() {
                 w.down.forward_inner(cx, hidden, rows, inner_down)?;
                 cx.arena.release(mark);
                 continue;
-            };
-            let y = all.map_or(y, |all| all.updates[1]);
+            }
+            let y = updates.map_or(y, |[_, y]| y);
             w.down.forward(cx, y, d, hidden, rows, inner_down)?;
+            let Some(out) = out else {
+                cx.arena.release(mark);
+                continue;
+            };
             // Upstream clips the text stream only: it is the one that overflows.
             let clip = s == 0 && cx.t == Half::F16;
             modulations.gate(cx, gate_mlp, out[s], kept_s.sum, y, samples, clip)?;
@@ -200,7 +209,7 @@ impl DoubleWeights {
             let inside = cx.arena.mark();
             let dy = cx.half(rows * d);
             let gate = offset + (6 * s + 2) * d;
-            let y = kept.streams[s].all.map(|all| all.updates[0]);
+            let y = kept.streams[s].updates.map(|[y, _]| y);
             modulations.gate_backward(cx, gate, dy, gradient[s], (y, &w.out), joint.samples(s))?;
             let mixed = match (kept.streams[s].all, w.out.needs_input()) {
                 (Some(all), _) => Some(all.mixed),
@@ -279,7 +288,7 @@ impl DoubleWeights {
         let mark = cx.arena.mark();
         let dy = cx.half(rows * d);
         let samples = joint.samples(s);
-        let y = kept.all.map(|all| all.updates[1]);
+        let y = kept.updates.map(|[_, y]| y);
         modulations.gate_backward(cx, offset + 5 * d, dy, gradient, (y, &w.down), samples)?;
         let dhidden = cx.half(rows * mlp);
         let inside = cx.arena.mark();

@@ -161,7 +161,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// If a path is no layer, factors have another size, or a layer cannot be trained.
+    /// If a path is no layer, or factors have another size.
     pub fn attach_lora(&mut self, factors: &[LoraFactors], trained: bool) -> Result<(), CudaError> {
         self.detach_lora()?;
         let attached = DeviceFactors::attach(

@@ -52,14 +52,6 @@ pub enum ModelError {
         /// The layer's outputs.
         out_features: usize,
     },
-    /// A layer can carry a LoRA, but the engine does not train it.
-    #[error(
-        "the engine does not train a LoRA on `{path}`: modulations and embeddings of time and text are outside its backward pass"
-    )]
-    NotTrainable {
-        /// The path.
-        path: String,
-    },
     /// Saved optimiser state is of another run.
     #[error("the saved state has {found} for `{part}`, expected {expected}")]
     State {

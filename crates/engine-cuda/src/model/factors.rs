@@ -93,8 +93,7 @@ impl DeviceFactors {
     ///
     /// # Errors
     ///
-    /// If a path is no layer, factors have another size, a layer cannot be trained and `trained` is set, or memory is
-    /// short.
+    /// If a path is no layer, factors have another size, or memory is short.
     pub fn attach(
         stream: &Stream,
         network: &mut Network,
@@ -153,7 +152,7 @@ impl DeviceFactors {
         for stack in &stacks {
             let (a, b) = (stack.start, stack.start + stack.a_len());
             let b_len = stack.num_rows * stack.rank;
-            linears[stack.linear].0.factors = Some(Factors {
+            linears[stack.linear].factors = Some(Factors {
                 rank: stack.rank,
                 first_row: stack.first_row,
                 num_rows: stack.num_rows,
@@ -184,7 +183,7 @@ impl DeviceFactors {
 
     /// Takes the factors out of the network's layers.
     pub fn detach(self, network: &mut Network) {
-        for (linear, _) in network.linears_mut() {
+        for linear in network.linears_mut() {
             linear.factors = None;
         }
     }
@@ -320,7 +319,7 @@ fn stack(
     let mut missing: std::collections::BTreeSet<&str> = by_path.keys().copied().collect();
     let (mut stacks, mut pack, mut unpack) = (Vec::new(), Vec::new(), Vec::new());
     let mut start = 0;
-    for (index, (linear, reached)) in network.linears_mut().into_iter().enumerate() {
+    for (index, linear) in network.linears_mut().into_iter().enumerate() {
         let parts: Vec<_> = linear
             .parts
             .iter()
@@ -351,12 +350,6 @@ fn stack(
                     rank: f.rank,
                     in_features,
                     out_features: part.rows,
-                }
-                .into());
-            }
-            if trained && !reached {
-                return Err(ModelError::NotTrainable {
-                    path: part.path.clone(),
                 }
                 .into());
             }

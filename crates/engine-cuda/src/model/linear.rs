@@ -321,34 +321,42 @@ impl Linear {
         inner: Option<View>,
     ) -> Result<(), CudaError> {
         let (out, width) = (self.out_features, self.in_features);
-        let plain = Product {
-            m: rows,
-            n: width,
-            k: out,
-            a: Matrix::rows(dy, out),
-            b: Matrix::rows(dy, width), // replaced in every use
-            c: dy,
-            c_stride: width,
-            output: Output::Half,
-            alpha: 1.0,
-            beta: 0.0,
-            bias: None,
-        };
         if let Some(dx) = dx {
-            let weight = self.half_weight(cx)?;
-            cx.stream.product(
-                cx.t,
-                &Product {
-                    b: Matrix::rows(weight, width),
-                    c: dx,
-                    ..plain
-                },
-            )?;
+            let product = Product {
+                m: rows,
+                n: width,
+                k: out,
+                a: Matrix::rows(dy, out),
+                b: Matrix::rows(self.half_weight(cx)?, width),
+                c: dx,
+                c_stride: width,
+                output: Output::Half,
+                alpha: 1.0,
+                beta: 0.0,
+                bias: None,
+            };
+            cx.stream.product(cx.t, &product)?;
         }
         if self.gradients.is_some() {
             let x = x.expect("a trained layer is given its input");
             self.weight_backward(cx, dy, out, x, rows)?;
         }
+        let dx = dx.map(|dx| (dx, Output::Half));
+        self.factors_backward(cx, dx, (dy, out), x, rows, inner)
+    }
+
+    /// The factors' part of [`Linear::backward`]: what goes through them is added to `dx`, which is of the type that
+    /// stands beside it, and their gradients to what is there. Rows of `dy` are `dy_stride` elements apart.
+    pub fn factors_backward(
+        &self,
+        cx: &Cx<'_>,
+        dx: Option<(View, Output)>,
+        (dy, dy_stride): (View, usize),
+        x: Option<View>,
+        rows: usize,
+        inner: Option<View>,
+    ) -> Result<(), CudaError> {
+        let width = self.in_features;
         let Some(Factors {
             rank,
             first_row,
@@ -363,26 +371,31 @@ impl Linear {
         let mark = cx.arena.mark();
         let dinner = cx.half(rows * rank);
         let changed = dy.elements_from(first_row);
-        cx.stream.product(
-            cx.t,
-            &Product {
-                n: rank,
-                k: num_rows,
-                a: Matrix::rows(changed, out),
-                b: Matrix::rows(b, rank),
-                c: dinner,
-                c_stride: rank,
-                ..plain
-            },
-        )?;
-        if let Some(dx) = dx {
+        let plain = Product {
+            m: rows,
+            n: rank,
+            k: num_rows,
+            a: Matrix::rows(changed, dy_stride),
+            b: Matrix::rows(b, rank),
+            c: dinner,
+            c_stride: rank,
+            output: Output::Half,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: None,
+        };
+        cx.stream.product(cx.t, &plain)?;
+        if let Some((dx, output)) = dx {
             cx.stream.product(
                 cx.t,
                 &Product {
+                    n: width,
                     k: rank,
                     a: Matrix::rows(dinner, rank),
                     b: Matrix::rows(a, width),
                     c: dx,
+                    c_stride: width,
+                    output,
                     beta: 1.0,
                     ..plain
                 },
@@ -414,7 +427,7 @@ impl Linear {
                 &Product {
                     m: num_rows,
                     n: rank,
-                    a: Matrix::transposed(changed, out),
+                    a: Matrix::transposed(changed, dy_stride),
                     b: Matrix::rows(inner, rank),
                     c: db,
                     c_stride: rank,

@@ -3,10 +3,11 @@
 //! * [`error`], [`sizes`]: what can be run. * [`accuracy`]: how exactly.
 //! * [`source`], [`linear`], [`network`]: weights and where they come from.
 //! * [`factors`]: the LoRA on the device.
-//! * [`joint`], [`modulations`], [`double`], [`single`], [`pass`]: the schedule, forward and backward.
+//! * [`joint`], [`modulations`], `conditions`, [`double`], [`single`], [`pass`]: the schedule, forward and backward.
 //! * [`engine`]: a loaded model; [`train`] and [`sampler`]: its two uses. * [`full`]: training of all weights.
 
 pub mod accuracy;
+pub(crate) mod conditions;
 pub mod double;
 pub mod engine;
 pub mod error;

@@ -53,11 +53,7 @@ impl Modulations {
     }
 
     /// The gradient of a norm's input `x` from that of its output, stored in `dx` or, with `accumulate`, added to it;
-    /// and those of shift and scale, if they are wanted: then there are statistics.
-    ///
-    /// # Panics
-    ///
-    /// If there are none.
+    /// and those of shift and scale, if they are wanted. Statistics that were not kept are computed again.
     #[allow(clippy::too_many_arguments)] // a kernel's
     pub fn norm_backward(
         &self,
@@ -72,9 +68,19 @@ impl Modulations {
         let (s, t, stride, rows) = (cx.stream, cx.t, self.stride, b * tokens);
         let scale = self.at(places[1]);
         if let Some(gradient) = self.gradient {
-            let stats = stats.expect("statistics are kept where gradients are wanted");
             let outputs = places.map(|offset| gradient.elements_from(offset));
             let mark = cx.arena.mark();
+            let stats = match stats {
+                Some(stats) => stats,
+                None => {
+                    let stats = cx.f32(2 * rows);
+                    let mark = cx.arena.mark();
+                    let normed = cx.half(rows * d);
+                    self.norm(cx, places, normed, Some(stats), x, [b, tokens, d])?;
+                    cx.arena.release(mark);
+                    stats
+                }
+            };
             let partials = cx.f32(sums::partials_len(b, tokens, d, 2));
             if d <= rows::MAX_WIDTH {
                 sums::norms_backward(
@@ -84,11 +90,16 @@ impl Modulations {
                 cx.arena.release(mark);
                 return Ok(());
             }
-            let [shift, scale] = outputs;
+            let [dshift, dscale] = outputs;
             sums::norms(
-                s, t, shift, scale, stride, dy, x, stats, b, tokens, d, partials,
+                s, t, dshift, dscale, stride, dy, x, stats, b, tokens, d, partials,
+            )?;
+            let stats = Some(stats);
+            norm::ln_modulate_backward(
+                s, t, dx, dy, x, stats, scale, stride, rows, tokens, d, EPSILON, accumulate,
             )?;
             cx.arena.release(mark);
+            return Ok(());
         }
         norm::ln_modulate_backward(
             s, t, dx, dy, x, stats, scale, stride, rows, tokens, d, EPSILON, accumulate,
@@ -142,7 +153,8 @@ impl Modulations {
         )
     }
 
-    /// `dy = gate·dout`; and, if they are wanted, the gradients of the gate and of the bias of the layer that gave `y`.
+    /// `dy = gate·dout`; and, if they are wanted, the gradients of the gate and of the bias of the layer that gave `y`,
+    /// if that is trained.
     ///
     /// # Panics
     ///
@@ -158,14 +170,19 @@ impl Modulations {
     ) -> Result<(), CudaError> {
         let (s, t, stride) = (cx.stream, cx.t, self.stride);
         let gate = self.at(offset);
-        let (Some(gradient), Some(wanted)) = (self.gradient, layer.gradients) else {
+        let Some(gradient) = self.gradient else {
             let rows = b * tokens;
             return elementwise::gate_backward(s, t, dy, dout, gate, stride, rows, tokens, d);
         };
         let y = y.expect("what was gated is kept where gradients are wanted");
         let mark = cx.arena.mark();
         let partials = cx.f32(sums::partials_len(b, tokens, d, 2));
-        let (dgate, bias) = (gradient.elements_from(offset), wanted.bias);
+        let dgate = gradient.elements_from(offset);
+        // A frozen layer's bias has its sum on the way, and nobody reads it.
+        let bias = match layer.gradients {
+            Some(wanted) => wanted.bias,
+            None => cx.f32(d),
+        };
         sums::gate_backward(
             s, t, dgate, bias, dy, dout, y, gate, stride, b, tokens, d, partials,
         )?;

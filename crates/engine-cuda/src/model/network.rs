@@ -138,12 +138,9 @@ impl Network {
             .chain([&self.norm_out, &self.proj_out])
     }
 
-    /// As [`Network::linears`], to be changed; the flag says whether the backward pass reaches the product.
-    pub fn linears_mut(&mut self) -> Vec<(&mut Linear, bool)> {
-        let mut all = vec![
-            (&mut self.x_embedder, true),
-            (&mut self.context_embedder, true),
-        ];
+    /// As [`Network::linears`], to be changed.
+    pub fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let mut all = vec![&mut self.x_embedder, &mut self.context_embedder];
         for embedder in [
             Some(&mut self.timestep),
             self.guidance.as_mut(),
@@ -152,28 +149,15 @@ impl Network {
         .into_iter()
         .flatten()
         {
-            all.extend([
-                (&mut embedder.linear_1, false),
-                (&mut embedder.linear_2, false),
-            ]);
+            all.extend([&mut embedder.linear_1, &mut embedder.linear_2]);
         }
         for s in self.double.iter_mut().flat_map(|block| &mut block.streams) {
-            all.extend([
-                (&mut s.norm, false),
-                (&mut s.qkv, true),
-                (&mut s.out, true),
-                (&mut s.up, true),
-                (&mut s.down, true),
-            ]);
+            all.extend([&mut s.norm, &mut s.qkv, &mut s.out, &mut s.up, &mut s.down]);
         }
         for b in &mut self.single {
-            all.extend([
-                (&mut b.norm, false),
-                (&mut b.input, true),
-                (&mut b.output, true),
-            ]);
+            all.extend([&mut b.norm, &mut b.input, &mut b.output]);
         }
-        all.extend([(&mut self.norm_out, false), (&mut self.proj_out, true)]);
+        all.extend([&mut self.norm_out, &mut self.proj_out]);
         all
     }
 

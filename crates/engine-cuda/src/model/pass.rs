@@ -54,7 +54,8 @@ impl Network {
         elementwise::add(cx.stream, cx.t, temb, part, rows * d)?;
         elementwise::silu(cx.stream, cx.t, temb, temb, rows * d)?;
 
-        self.modulations_of(cx, out, temb, rows)?;
+        let inner = self.modulation_inner(cx, rows);
+        self.modulations_of(cx, out, temb, rows, &inner)?;
         cx.arena.release(mark);
         Ok(())
     }
@@ -77,6 +78,12 @@ impl Network {
             .collect()
     }
 
+    /// Memory for `x·Aᵀ` of the modulations' layers.
+    pub(crate) fn modulation_inner(&self, cx: &Cx<'_>, rows: usize) -> Vec<Option<View>> {
+        let layers = self.modulation_layers().into_iter();
+        layers.map(|(linear, _)| linear.keep(cx, rows)).collect()
+    }
+
     /// Modulation vectors of all blocks from what SiLU made of the conditions' sum, T `[rows, d]`.
     pub(crate) fn modulations_of(
         &self,
@@ -84,13 +91,11 @@ impl Network {
         out: View,
         active: View,
         rows: usize,
+        inner: &[Option<View>],
     ) -> Result<(), CudaError> {
         let stride = self.sizes.modulation_width();
-        for (linear, offset) in self.modulation_layers() {
-            let mark = cx.arena.mark();
-            let inner = linear.keep(cx, rows);
+        for ((linear, offset), &inner) in self.modulation_layers().into_iter().zip(inner) {
             linear.forward(cx, out.elements_from(offset), stride, active, rows, inner)?;
-            cx.arena.release(mark);
         }
         Ok(())
     }
@@ -194,7 +199,7 @@ impl Pass<'_> {
         }
         for (i, block) in network.double.iter().enumerate() {
             let mark = cx.arena.mark();
-            let kept = block.keep(cx, joint);
+            let kept = block.keep(cx, joint, self.modulations.gradient.is_some());
             let offset = joint.sizes.double_modulation(i);
             block.forward(cx, joint, Some(x), x, &kept, (&self.modulations, offset))?;
             cx.arena.release(mark);
@@ -204,7 +209,7 @@ impl Pass<'_> {
         }
         for (i, block) in network.single.iter().enumerate() {
             let mark = cx.arena.mark();
-            let kept = block.keep(cx, joint);
+            let kept = block.keep(cx, joint, self.modulations.gradient.is_some());
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
             block.forward(cx, joint, Some(joined), joined, &kept, modulations)?;
@@ -308,7 +313,7 @@ impl Pass<'_> {
             kept.double_inputs.push(x);
             let out = STREAMS.map(|s| cx.half(joint.shape.rows(s) * d));
             let mark = cx.arena.mark();
-            let kept_block = block.keep(cx, joint);
+            let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
             let offset = joint.sizes.double_modulation(i);
             block.forward(
                 cx,
@@ -335,7 +340,7 @@ impl Pass<'_> {
             kept.single_inputs.push(joined);
             let out = cx.half(all);
             let mark = cx.arena.mark();
-            let kept_block = block.keep(cx, joint);
+            let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
             block.forward(cx, joint, Some(out), joined, &kept_block, modulations)?;
@@ -363,7 +368,9 @@ impl Pass<'_> {
         let (joint, network) = (&self.joint, self.network);
         self.head_backward(cx, dvelocity, &kept)?;
         let trained_embedders = self.embedders().map(Linear::needs_input);
-        let reaches_start = trained_embedders.contains(&true);
+        // The first norms' vectors have gradients too.
+        let reaches_start =
+            trained_embedders.contains(&true) || self.modulations.gradient.is_some();
         for i in (0..network.single.len()).rev() {
             let block = &network.single[i];
             let x = kept.single_inputs[i];
@@ -371,7 +378,7 @@ impl Pass<'_> {
             let kept_block = match kept.single[i] {
                 Some(kept_block) => kept_block,
                 None => {
-                    let kept_block = block.keep(cx, joint);
+                    let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
                     // The output is known: the products behind what is kept are left out.
                     block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
@@ -399,7 +406,7 @@ impl Pass<'_> {
             let kept_block = match kept.double[i] {
                 Some(kept_block) => kept_block,
                 None => {
-                    let kept_block = block.keep(cx, joint);
+                    let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
                     block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
                 }

@@ -1,7 +1,8 @@
 //! A single block, forward and backward: text and image as one sequence, attention and MLP side by side.
 //!
 //! Kept from forward to backward, per token: the input product (7d: queries, keys and values before the head norms,
-//! hidden values before GELU) and attention's output (d). Where all weights are trained, everything else is kept too.
+//! hidden values before GELU) and attention's output (d). Where modulations are trained, what is gated (d) is kept too;
+//! where all weights are, everything.
 //!
 //! Source: `FluxSingleTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
@@ -22,6 +23,8 @@ pub struct KeptSingle {
     sums: View,
     /// `x·Aᵀ` of input and output.
     inner: [Option<View>; 2],
+    /// Output of the output product, where the gradient of its gate is wanted.
+    update: Option<View>,
     all: Option<AllOfSingle>,
 }
 
@@ -34,18 +37,18 @@ struct AllOfSingle {
     stats: View,
     /// Queries, keys and values as attention reads them.
     qkv: Qkv,
-    /// The output product's input and output.
+    /// The output product's input.
     both: View,
-    update: View,
 }
 
 impl SingleWeights {
-    /// Memory for what is kept.
-    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>) -> KeptSingle {
+    /// Memory for what is kept; `gates` says whether the gate's gradient is wanted.
+    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool) -> KeptSingle {
         let rows = joint.shape.all_rows();
         let products = cx.half(rows * self.input.out_features);
         let inner = [&self.input, &self.output].map(|linear| linear.keep(cx, rows));
         let d = joint.sizes.d;
+        let update = gates.then(|| cx.half(rows * d));
         if self.norm_gradients.is_some() {
             let both = cx.half(rows * (d + joint.sizes.mlp));
             return KeptSingle {
@@ -53,12 +56,12 @@ impl SingleWeights {
                 o: both,
                 sums: cx.f32(rows * joint.sizes.h),
                 inner,
+                update,
                 all: Some(AllOfSingle {
                     normed: cx.half(rows * d),
                     stats: cx.f32(2 * rows),
                     qkv: joint.qkv(cx),
                     both,
-                    update: cx.half(rows * d),
                 }),
             };
         }
@@ -68,6 +71,7 @@ impl SingleWeights {
             o,
             sums,
             inner,
+            update,
             all: None,
         }
     }
@@ -96,7 +100,7 @@ impl SingleWeights {
         let places = [offset, offset + d];
         let samples = [joint.shape.b, joint.shape.tokens(), d];
         let mark = cx.arena.mark();
-        let y = kept.all.map_or_else(|| cx.half(rows * d), |all| all.update);
+        let y = kept.update.unwrap_or_else(|| cx.half(rows * d));
         let normed = kept.all.map_or(y, |all| all.normed);
         let stats = kept.all.map(|all| all.stats);
         modulations.norm(cx, places, normed, stats, x, samples)?;
@@ -107,19 +111,22 @@ impl SingleWeights {
         joint.split(cx, qkv, kept.products, self.norms, joint.whole(width))?;
         joint.attend(cx, kept.o, Self::o_stride(joint, kept), kept.sums, qkv)?;
         cx.arena.release(inside);
-        if out.is_none() && !self.output.needs_input() {
+        if out.is_none() && !self.output.needs_input() && kept.update.is_none() {
             cx.arena.release(mark);
             return Ok(());
         }
         let side_by_side = self.side_by_side(cx, joint, kept)?;
-        let Some(out) = out else {
-            let inner = kept.inner[1];
+        let inner = kept.inner[1];
+        if out.is_none() && kept.update.is_none() {
             self.output.forward_inner(cx, side_by_side, rows, inner)?;
             cx.arena.release(mark);
             return Ok(());
+        }
+        self.output.forward(cx, y, d, side_by_side, rows, inner)?;
+        let Some(out) = out else {
+            cx.arena.release(mark);
+            return Ok(());
         };
-        self.output
-            .forward(cx, y, d, side_by_side, rows, kept.inner[1])?;
         let clip = cx.t == Half::F16;
         modulations.gate(cx, offset + 2 * d, out, x, y, samples, clip)?;
         cx.arena.release(mark);
@@ -181,7 +188,7 @@ impl SingleWeights {
         let dboth = cx.half(rows * (d + mlp));
         let inside = cx.arena.mark();
         let dy = cx.half(rows * d);
-        let y = kept.all.map(|all| all.update);
+        let y = kept.update;
         let gate = offset + 2 * d;
         modulations.gate_backward(cx, gate, dy, gradient, (y, &self.output), samples)?;
         let both = match (kept.all, self.output.needs_input()) {

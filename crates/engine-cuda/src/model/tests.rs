@@ -353,13 +353,47 @@ fn the_velocity_and_a_guided_step_are_those_of_the_portable_network() {
     assert!(off < 1e-3, "{off}");
 }
 
+/// Layers before the blocks' modulation vectors.
+const CONDITIONS: [&str; 8] = [
+    "norm1.linear",
+    "norm1_context.linear",
+    "norm.linear",
+    "norm_out.linear",
+    "timestep_embedder.linear_1",
+    "guidance_embedder.linear_1",
+    "text_embedder.linear_1",
+    "linear_2",
+];
+
 #[test]
-fn a_layer_outside_the_backward_pass_cannot_be_trained_and_says_so() {
-    let factors = factors(&["norm1.linear"]);
-    let mut engine = engine();
-    let error = engine.attach_lora(&factors, true).expect_err("no gradient");
-    assert!(error.to_string().contains("norm1.linear"), "{error}");
-    engine
-        .attach_lora(&factors, false)
-        .expect("it can be applied");
+fn factors_on_modulations_and_their_embedders_have_the_portable_networks_gradients() {
+    let every: Vec<&str> = ALL.iter().chain(&CONDITIONS).copied().collect();
+    // Modulations alone do not go on to the embedders; one layer alone is reached through all blocks.
+    for targets in [
+        every.as_slice(),
+        &CONDITIONS[..4],
+        &["norm1.linear"],
+        &["timestep_embedder.linear_1"],
+        &["to_q", "norm_out.linear"],
+    ] {
+        let factors = factors(targets);
+        let (_, _, expected) = expected(&factors);
+        let mut engine = engine();
+        engine.attach_lora(&factors, true).expect("it fits");
+        let mut first = None;
+        for recompute in [Recompute::Nothing, Recompute::Everything] {
+            start(&mut engine, recompute);
+            engine
+                .micro_step(&batch().micro(0..2), LOSS_SCALE)
+                .expect("it runs");
+            let found = gradients(&engine);
+            assert_eq!(found.len(), expected.len());
+            for (name, found) in &found {
+                let off = distance(found, &expected[name]);
+                assert!(off < 2e-2, "{name} of {targets:?} is off by {off}");
+            }
+            let before = first.get_or_insert_with(|| found.clone());
+            assert!(*before == found, "not the same bits");
+        }
+    }
 }

@@ -10,9 +10,11 @@ use quant::{AdamWConfig, OptimizerKind, StatePart};
 
 use crate::arena::Arena;
 use crate::error::CudaError;
+use crate::model::conditions::KeptConditions;
 use crate::model::engine::{Engine, tokens_of};
 use crate::model::error::ModelError;
 use crate::model::linear::Cx;
+use crate::model::modulations::Modulations;
 use crate::model::optimizer::{AdamW, StepHyper};
 use crate::model::pass::Conditions;
 use crate::model::sizes::{Shape, Sizes};
@@ -384,7 +386,7 @@ impl Engine {
         let (noisy, target) = (cx.half(count), cx.f32(count));
         let (latents, noise, sigmas) = (inputs.latents, inputs.noise, inputs.sigmas);
         loss::noise_mix(s, t, noisy, target, latents, noise, sigmas, b, per_sample)?;
-        let modulations = self.modulations(cx, &conditions, b)?;
+        let (modulations, kept_conditions) = self.modulations_to_train(cx, &conditions, b)?;
         let (velocity, dvelocity) = (cx.half(count), cx.half(count));
         let partials = cx.f32(loss::LOSS_PARTIALS);
         let pass = self.pass(shape, modulations);
@@ -403,7 +405,33 @@ impl Engine {
             count,
             loss_factor,
         )?;
-        pass.backward(cx, dvelocity, kept)
+        pass.backward(cx, dvelocity, kept)?;
+        match (modulations.gradient, kept_conditions) {
+            (Some(gradient), Some(kept)) => self.network.modulate_backward(cx, gradient, &kept, b),
+            _ => Ok(()),
+        }
+    }
+
+    /// Modulation vectors on the stack, one row per sample; with room for their gradients and what those need, if
+    /// factors are trained on the layers before them.
+    fn modulations_to_train(
+        &self,
+        cx: &Cx<'_>,
+        conditions: &Conditions,
+        rows: usize,
+    ) -> Result<(Modulations, Option<KeptConditions>), CudaError> {
+        if !self.network.trains_conditions() {
+            return Ok((self.modulations(cx, conditions, rows)?, None));
+        }
+        let stride = self.sizes.modulation_width();
+        let (view, gradient) = (cx.half(rows * stride), cx.half(rows * stride));
+        let kept = self.network.modulate_kept(cx, view, conditions, rows)?;
+        let modulations = Modulations {
+            view,
+            stride,
+            gradient: Some(gradient),
+        };
+        Ok((modulations, Some(kept)))
     }
 
     /// The gradients summed up so far, tensor after tensor as [`Engine::lora`] has them: A and B of each layer.

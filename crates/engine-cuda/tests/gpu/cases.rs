@@ -16,7 +16,7 @@ use tensor::{Device, ParameterSpec, Precision, Tensor, Weights, from_f32, to_f32
 
 use crate::support::numbers;
 
-/// Every layer that the engine trains.
+/// Every layer that tokens go through.
 pub const ALL_LINEAR: [&str; 17] = [
     "x_embedder",
     "context_embedder",
@@ -35,6 +35,17 @@ pub const ALL_LINEAR: [&str; 17] = [
     "proj_mlp",
     "single_transformer_blocks.0.proj_out",
     "proj_out",
+];
+
+/// Modulations, the embedders before them, and some layers behind.
+pub const CONDITIONS: [&str; 7] = [
+    "norm1.linear",
+    "norm1_context.linear",
+    "norm.linear",
+    "norm_out.linear",
+    "linear_1",
+    "linear_2",
+    "to_q",
 ];
 
 /// The public recipe's.
@@ -88,6 +99,13 @@ pub fn cases() -> Vec<Case> {
             rank: 3,
         },
         Case {
+            label: "head 16, modulations",
+            config: small.clone(),
+            shape: shape(2, 5, [6, 10]),
+            targets: &CONDITIONS,
+            rank: 3,
+        },
+        Case {
             label: "head 28, no guidance",
             config: MmditConfig {
                 num_layers: 1,
@@ -128,6 +146,17 @@ pub fn cases() -> Vec<Case> {
             },
             shape: shape(2, 77, [16, 12]),
             targets: &RECIPE,
+            rank: 4,
+        },
+        Case {
+            label: "FLUX.1-dev widths, 1+1 blocks, modulations",
+            config: MmditConfig {
+                num_layers: 1,
+                num_single_layers: 1,
+                ..flux.clone()
+            },
+            shape: shape(1, 77, [16, 14]),
+            targets: &CONDITIONS,
             rank: 4,
         },
         Case {

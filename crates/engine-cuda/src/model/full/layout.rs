@@ -99,7 +99,7 @@ pub(super) fn train_all(network: &mut Network, slab: View, gradients: View) {
         let offset = (view.address() - slab.address()) as usize / 2;
         gradients.skip(4 * offset).take(2 * view.bytes())
     };
-    for (linear, _) in network.linears_mut() {
+    for linear in network.linears_mut() {
         linear.gradients = Some(LinearGradients {
             weight: of(weight_of(linear)),
             bias: of(linear.bias),

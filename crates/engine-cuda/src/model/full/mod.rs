@@ -8,7 +8,6 @@
 //!
 //! Source of the optimiser's arithmetic: `pretrain`'s state. Every sum has a fixed order, so a run repeats bit for bit.
 
-mod conditions;
 mod layout;
 #[cfg(test)]
 mod tests;
