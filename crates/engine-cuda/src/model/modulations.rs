@@ -190,3 +190,95 @@ impl Modulations {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Arena;
+    use crate::half_type::Half;
+    use crate::stream::Stream;
+
+    const T: Half = Half::F16;
+
+    fn numbers(seed: u32, count: usize) -> Vec<f32> {
+        let mut state = seed * 7919 + 1;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let values: Vec<f32> = (0..count).map(|_| next()).collect();
+        T.to_f32(&T.from_f32(&values))
+    }
+
+    fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+        assert_eq!(found.len(), expected.len());
+        let norm =
+            |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+        let off = norm(&mut found.iter().zip(expected).map(|(f, e)| f - e))
+            / norm(&mut expected.iter().copied());
+        assert!(off < 2e-3, "{what} is off by {off}");
+    }
+
+    /// Narrow rows and wide ones go through different kernels; statistics are not kept.
+    #[test]
+    fn a_norms_vectors_have_gradients_where_no_statistics_were_kept() {
+        let [b, tokens] = [2, 3];
+        for d in [48, rows::MAX_WIDTH + 8] {
+            let stream = Stream::host();
+            let memory = stream.allocate(1 << 20, "a test").expect("host memory");
+            let arena = Arena::over(memory.view());
+            let cx = Cx {
+                stream: &stream,
+                t: T,
+                arena: &arena,
+                weight_scratch: arena.take(0),
+            };
+            let put = |values: &[f32]| {
+                let view = cx.half(values.len());
+                stream.upload(view, &T.from_f32(values)).expect("host");
+                view
+            };
+            let get = |view: View, count: usize| {
+                T.to_f32(&stream.download::<u16>(view, count).expect("host"))
+            };
+            let (n, stride) = (b * tokens * d, 2 * d);
+            let (x, dy, vectors) = (numbers(1, n), numbers(2, n), numbers(3, b * stride));
+            let gradient = cx.half(b * stride);
+            let modulations = Modulations {
+                view: put(&vectors),
+                stride,
+                gradient: Some(gradient),
+            };
+            let dx = cx.half(n);
+            let of = (put(&x), None);
+            let (places, samples) = ([0, d], [b, tokens, d]);
+            modulations
+                .norm_backward(&cx, places, dx, put(&dy), of, samples, false)
+                .expect("host");
+
+            let mut expected = vec![0.0; b * stride];
+            let mut expected_dx = Vec::new();
+            for row in 0..b * tokens {
+                let at = row / tokens * stride;
+                let (x, dy) = (&x[row * d..][..d], &dy[row * d..][..d]);
+                let mean = |values: &mut dyn Iterator<Item = f32>| values.sum::<f32>() / d as f32;
+                let middle = mean(&mut x.iter().copied());
+                let variance = mean(&mut x.iter().map(|v| (v - middle).powi(2)));
+                let inverse = (variance + EPSILON).sqrt().recip();
+                let normed: Vec<f32> = x.iter().map(|v| (v - middle) * inverse).collect();
+                let g: Vec<f32> = (0..d)
+                    .map(|i| dy[i] * (1.0 + vectors[at + d + i]))
+                    .collect();
+                let mean_g = mean(&mut g.iter().copied());
+                let mean_gn = mean(&mut g.iter().zip(&normed).map(|(g, n)| g * n));
+                for i in 0..d {
+                    expected[at + i] += dy[i];
+                    expected[at + d + i] += dy[i] * normed[i];
+                    expected_dx.push((g[i] - mean_g - normed[i] * mean_gn) * inverse);
+                }
+            }
+            assert_close(&get(gradient, b * stride), &expected, "shift and scale");
+            assert_close(&get(dx, n), &expected_dx, "the input");
+        }
+    }
+}
