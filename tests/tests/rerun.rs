@@ -111,7 +111,7 @@ fn one_changed_training_number_trains_and_draws_again() {
     assert!(
         status
             .stdout
-            .contains("train.learning_rate changed: 0.001 -> 0.002"),
+            .contains("train.learning_rate changed: 0.0015 -> 0.002"),
         "{}",
         status.stdout
     );

@@ -203,7 +203,7 @@ fn status_says_why_each_stage_is_dirty() {
         "{text}"
     );
     assert!(
-        text.contains("train: Dirty: train.learning_rate changed: 0.001 -> 0.002\n"),
+        text.contains("train: Dirty: train.learning_rate changed: 0.0015 -> 0.002\n"),
         "{text}"
     );
     assert!(
@@ -215,7 +215,7 @@ fn status_says_why_each_stage_is_dirty() {
     assert_eq!(reason["key"], "train.learning_rate");
     assert_eq!(
         (&reason["old"], &reason["new"]),
-        (&"0.001".into(), &"0.002".into())
+        (&"0.0015".into(), &"0.002".into())
     );
 }
 

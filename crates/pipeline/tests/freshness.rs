@@ -334,7 +334,7 @@ fn changing_one_training_number_redoes_training_and_drawing() {
     world.set("train.learning_rate=2e-3");
     assert_eq!(
         world.reasons(Train),
-        "Dirty: train.learning_rate changed: 0.001 -> 0.002"
+        "Dirty: train.learning_rate changed: 0.0015 -> 0.002"
     );
     assert_eq!(world.run_all(), [Train, Sample, Evaluate]);
     // Back again: the earlier artifacts are still good.

@@ -238,6 +238,24 @@ fn latent_scaling(run: &Run<'_>, vae: &Autoencoder) -> (f64, f64) {
     (rounded(mean), rounded(1.0 / deviation.max(1e-6)).max(1e-4))
 }
 
+/// Weights of a base, by their paths in it.
+const WEIGHTS: [&str; 4] = [
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "text_encoder_2/model.safetensors",
+];
+
+/// Lines of the model card: which files it is about.
+fn digests(base: &Path) -> Result<String, PretrainError> {
+    let mut lines = "| file | BLAKE3 |\n|---|---|\n".to_owned();
+    for path in WEIGHTS {
+        let digest = artifacts::digest_file(&base.join(path))?;
+        lines += &format!("| `{path}` | `{digest}` |\n");
+    }
+    Ok(lines)
+}
+
 /// The model card.
 fn write_card(
     out: &Path,
@@ -251,7 +269,8 @@ fn write_card(
          pictures of {side}×{side} px; T5 texts are {tokens} tokens.\n\n## Data\n\n{about}\n\n{pairs} pairs of {pictures} \
          pictures, {held} pairs held out; the autoencoder also saw {textures} textures, {made_up} of them made-up \
          blocks. Content: BLAKE3 `{digest}`.\n\n## Measured\n\n```json\n{evaluation:#}\n```\n\n\
-         ![samples of held-out captions](samples.png)\n\n## Recipe\n\n```toml\n{said}```\n",
+         ![samples of held-out captions](samples.png)\n\n## Files\n\n{files}\n## Recipe\n\n```toml\n{said}```\n",
+        files = digests(out)?,
         name = recipe.name,
         side = recipe.corpus.resolution_px,
         tokens = recipe.base.t5_tokens,

@@ -118,6 +118,14 @@ fn the_committed_recipes_are_recipes_and_the_tiny_one_finds_its_corpus() {
     assert_eq!(corpus.characters.len(), 12);
 }
 
+#[test]
+fn the_shipped_card_is_about_the_shipped_files() {
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/base");
+    let card = fs_err::read_to_string(base.join("README.md")).expect("it is there");
+    let files = crate::digests(&base).expect("they are there");
+    assert!(card.contains(&files), "the card has not:\n{files}");
+}
+
 /// One test, since Burn's random numbers are one sequence for the whole process.
 ///
 /// On one thread: on several, gradients of the autoencoder were seen to differ in their last bits from run to run.

@@ -70,10 +70,21 @@ mod tests {
     use super::*;
     use crate::tests::support::recipe;
 
+    /// The public recipe's targets.
+    fn public() -> TrainRecipe {
+        let mut train = recipe().train;
+        train.targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            .map(str::to_owned)
+            .to_vec();
+        train
+    }
+
     #[test]
     fn the_recipes_targets_are_190_modules_and_4_669_440_numbers_of_flux_dev() {
-        let mut train = recipe().train;
-        train.rank = 4;
+        let train = TrainRecipe {
+            rank: 4,
+            ..public()
+        };
         let lora = untrained_lora(&MmditConfig::flux_dev(), &train).expect("known");
         assert_eq!(lora.num_modules(), 190);
         assert_eq!(lora.values.iter().map(Vec::len).sum::<usize>(), 4_669_440);
@@ -81,7 +92,7 @@ mod tests {
 
     #[test]
     fn text_projections_do_not_end_in_to_q() {
-        let lora = untrained_lora(&MmditConfig::tiny(), &recipe().train).expect("known");
+        let lora = untrained_lora(&MmditConfig::tiny(), &public()).expect("known");
         assert!(lora.names().iter().all(|name| !name.contains("add_")));
         assert!(
             lora.names()
