@@ -19,8 +19,9 @@ impl Accuracy {
     /// What a network of a width may be off by.
     ///
     /// fp16 keeps 11 bits and holds 2e-3 and 2e-2 everywhere: the arithmetic is right. bf16 keeps 8, and what its layers
-    /// round away averages out over their width: at FLUX.1-dev's 1e-2 and 2e-2 hold for velocity and gradients, networks of
-    /// 48 to 112 channels were seen at 1.2e-2 and 2.6e-2 (H200, 2026-11-23), and a single small factor at 6.2e-2.
+    /// round away averages out over their width: at FLUX.1-dev's 1e-2 and 2e-2 hold for velocity and all
+    /// gradients, networks of 48 and 56 channels were seen at 1.2e-2 and 2.6e-2 (H200, 2026-11-23). The gradient of a single
+    /// small factor was seen at 6.2e-2 there and at 4.4e-2 at FLUX.1-dev's widths.
     pub fn of(t: Half, config: &MmditConfig) -> Self {
         let [velocity, gradients, gradient] = match t {
             Half::F16 => [2e-3, 2e-2, 2e-2],
