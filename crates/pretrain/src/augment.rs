@@ -172,15 +172,13 @@ fn tinted(picture: &Rgba8, color: [u8; 3]) -> Rgba8 {
 fn two_toned(picture: &Rgba8, above: [u8; 3], below: [u8; 3], at: f32) -> Rgba8 {
     let row_bytes = (picture.width_px * 4) as usize;
     let has_anything = |row: &[u8]| row.chunks_exact(4).any(|pixel| pixel[3] > 0);
-    let mut filled = picture.pixels.chunks_exact(row_bytes).map(has_anything);
-    let first = filled.position(|filled| filled).unwrap_or(0);
-    let last = first
-        + filled
-            .enumerate()
-            .filter(|(_, f)| *f)
-            .map(|(i, _)| i + 1)
-            .max()
-            .unwrap_or(0);
+    let filled: Vec<bool> = picture
+        .pixels
+        .chunks_exact(row_bytes)
+        .map(has_anything)
+        .collect();
+    let first = filled.iter().position(|filled| *filled).unwrap_or(0);
+    let last = filled.iter().rposition(|filled| *filled).unwrap_or(0);
     let line = first + ((last + 1 - first) as f32 * at).round() as usize;
     let mut both = tinted(picture, above);
     let lower = tinted(picture, below);

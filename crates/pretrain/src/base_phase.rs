@@ -11,7 +11,7 @@ use mmdit::model::BaseWeights;
 use mmdit::{Adapters, LoadOptions, Mmdit, MmditConfig, MmditInput, Rope, patchify};
 use random_base::{Part, initial_values};
 use rayon::prelude::*;
-use serde_json::{Value, json};
+use serde_json::json;
 use tensor::{Backend, DType, Device, ParameterSpec, Precision, Tensor, Weights, device, from_f32};
 use text_encoders::{ClipConfig, ClipTextModel, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
 
@@ -313,11 +313,6 @@ impl Examples {
     }
 }
 
-/// What decides the phase's result beside what it builds on.
-fn settings(run: &Run<'_>) -> Value {
-    json!([run.recipe.base, run.recipe.corpus.variants])
-}
-
 /// Transformer and text encoders, if they are wanted or done.
 pub(crate) fn train(
     run: &Run<'_>,
@@ -330,7 +325,8 @@ pub(crate) fn train(
     let models = configs.parameters();
     let d_kv = configs.t5.d_kv;
     let upstream = run.results().digest(Phase::Autoencoder, 1)?.to_string();
-    let name = run.name(Phase::Base, &upstream, &settings(run));
+    let settings = json!([run.recipe.base, run.recipe.corpus.variants]);
+    let name = run.name(Phase::Base, &upstream, &settings);
     run.learn(Phase::Base, &name, optimizer, &models, || {
         let layout = Layout::new(models.to_vec());
         let mut state = TrainState::new(layout, &run.device, |model, spec| {

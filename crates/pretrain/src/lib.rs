@@ -131,7 +131,7 @@ pub fn run(
 
     // From here on everything sees the weights as the files have them, in half precision.
     let nothing = BTreeMap::new();
-    let vae_path = out.join("vae/diffusion_pytorch_model.safetensors");
+    let vae_path = out.join(VAE_FILE);
     let mut learned = vae_phase::train(&run, &vae_config)?;
     let mut steps = json!({ "autoencoder": learned.step });
     export::write_weights(&vae_path, &learned.models[0], &nothing)?;
@@ -188,12 +188,9 @@ pub fn run(
         }
     }
     for (model, path) in [
-        (
-            TRANSFORMER,
-            "transformer/diffusion_pytorch_model.safetensors",
-        ),
-        (CLIP, "text_encoder/model.safetensors"),
-        (T5, "text_encoder_2/model.safetensors"),
+        (TRANSFORMER, TRANSFORMER_FILE),
+        (CLIP, CLIP_FILE),
+        (T5, T5_FILE),
     ] {
         export::write_weights(&out.join(path), &learned.models[model], &nothing)?;
     }
@@ -239,17 +236,15 @@ fn latent_scaling(run: &Run<'_>, vae: &Autoencoder) -> (f64, f64) {
 }
 
 /// Weights of a base, by their paths in it.
-const WEIGHTS: [&str; 4] = [
-    "transformer/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-    "text_encoder_2/model.safetensors",
-];
+const TRANSFORMER_FILE: &str = "transformer/diffusion_pytorch_model.safetensors";
+const VAE_FILE: &str = "vae/diffusion_pytorch_model.safetensors";
+const CLIP_FILE: &str = "text_encoder/model.safetensors";
+const T5_FILE: &str = "text_encoder_2/model.safetensors";
 
 /// Lines of the model card: which files it is about.
 fn digests(base: &Path) -> Result<String, PretrainError> {
     let mut lines = "| file | BLAKE3 |\n|---|---|\n".to_owned();
-    for path in WEIGHTS {
+    for path in [TRANSFORMER_FILE, VAE_FILE, CLIP_FILE, T5_FILE] {
         let digest = artifacts::digest_file(&base.join(path))?;
         lines += &format!("| `{path}` | `{digest}` |\n");
     }

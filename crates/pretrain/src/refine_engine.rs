@@ -3,7 +3,6 @@
 //! Latents and texts go to the engine once; a step hands over a few hundred numbers. What the engine computes is what
 //! [`crate::state::TrainState::update`] computes after Burn's autodiff, in `bf16` with `f32` masters.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use autoencoder::Autoencoder;
@@ -16,7 +15,7 @@ use crate::PretrainError;
 use crate::base_phase::{BaseConfigs, Examples, TRANSFORMER};
 use crate::clock::{HostWork, StepClock};
 use crate::refine_phase::Texts;
-use crate::results::{Learned, Phase, Values};
+use crate::results::{Learned, Phase, Values, by_name};
 use crate::run::{Run, Training};
 use crate::state::Snapshot;
 
@@ -63,10 +62,7 @@ impl<'a> OnEngine<'a> {
             device,
             kernel_cache: None,
         })?;
-        let start: BTreeMap<&str, &Vec<f32>> = base.models[TRANSFORMER]
-            .iter()
-            .map(|(spec, values)| (spec.name.as_str(), values))
-            .collect();
+        let start = by_name(&base.models[TRANSFORMER]);
         let mut value_of = |spec: &ParameterSpec| start[spec.name.as_str()].clone();
         let mut trainer = FullTrainer::new(stream, &configs.transformer, &mut value_of, options)?;
         let shift = |mean| vae.config().to_model(mean);

@@ -44,6 +44,14 @@ impl Phase {
 /// Values of a model's parameters, in the order of their specifications.
 pub(crate) type Values = Vec<(ParameterSpec, Vec<f32>)>;
 
+/// Values by the names of their parameters.
+pub(crate) fn by_name(values: &Values) -> BTreeMap<&str, &Vec<f32>> {
+    values
+        .iter()
+        .map(|(spec, values)| (spec.name.as_str(), values))
+        .collect()
+}
+
 /// How a phase ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {

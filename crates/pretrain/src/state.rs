@@ -12,7 +12,7 @@ use tensor::{Device, Gradients, ParameterSpec, Tensor, Weights, from_f32, to_f32
 
 use crate::PretrainError;
 use crate::recipe::OptimizerRecipe;
-use crate::results::Values;
+use crate::results::{Values, by_name};
 
 /// Values between possible beginnings of parameters: 512 bytes.
 const ALIGNMENT: usize = 128;
@@ -104,10 +104,7 @@ impl TrainState {
 
     /// A state before the first step, of parameters that are among `values`.
     pub(crate) fn from_values(layout: Layout, device: &Device, values: &Values) -> Self {
-        let values: BTreeMap<&str, &Vec<f32>> = values
-            .iter()
-            .map(|(spec, values)| (spec.name.as_str(), values))
-            .collect();
+        let values = by_name(values);
         Self::new(layout, device, |_, spec| values[spec.name.as_str()].clone())
     }
 

@@ -111,7 +111,7 @@ impl Pools {
 }
 
 /// What the autoencoder's run is called.
-pub(crate) fn name(run: &Run<'_>) -> String {
+fn name(run: &Run<'_>) -> String {
     let mut settings = json!(run.recipe.autoencoder);
     if let Some(settings) = settings.as_object_mut() {
         settings.remove("decoder");
