@@ -5,10 +5,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use console::{print_document, print_line};
 use engine_cuda::CudaError;
-use engine_cuda::measure::{MEASURED, PREDICTED, draw_first, measure};
+use engine_cuda::measure::{MEASURED, PREDICTED, draw_first, measure, soak};
 use pipeline::{Failure, FailureKind, StageError};
 use serde_json::{Map, Value, json};
 
@@ -39,6 +40,8 @@ pub struct FluxBench {
     pub peer: Option<(PathBuf, PathBuf)>,
     /// Optimiser steps of the training run; of fewer than the recipe's 700 the rest is reckoned.
     pub train_steps: u32,
+    /// How long to train after all else, to see whether device memory grows.
+    pub soak: Option<Duration>,
     /// Print one JSON document on stdout, and nothing else there.
     pub json: bool,
 }
@@ -117,7 +120,7 @@ const fn line(
     }
 }
 
-const LINES: [Line; 13] = [
+const LINES: [Line; 14] = [
     line(
         "training micro-step, NF4, recompute everywhere",
         ("nf4_train_recompute_b1", "micro_step_s"),
@@ -203,6 +206,13 @@ const LINES: [Line; 13] = [
         15.0,
         None,
     ),
+    line(
+        "growth of device memory over minutes of training",
+        ("nf4_soak", "growth_bytes"),
+        "bytes",
+        0.0,
+        None,
+    ),
 ];
 
 /// Measures and prints; gives the exit code.
@@ -243,6 +253,14 @@ fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {
         };
         tell("bf16_training_run", &row);
         rows.insert("bf16_training_run".to_owned(), row);
+    }
+    if let Some(duration) = bench.soak.filter(|_| bench.gpu) {
+        let row = match soak(duration) {
+            Ok(row) => row,
+            Err(error) => json!({ "error": error.to_string() }),
+        };
+        tell("nf4_soak", &row);
+        rows.insert("nf4_soak".to_owned(), row);
     }
     let peer = match &bench.peer {
         Some((python, script)) => Some(peer_rows(python, script)?),

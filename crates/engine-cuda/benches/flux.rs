@@ -4,17 +4,20 @@
 //! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: plan attention products nf4 bf16 full first
 //!                                             (`plan` needs no GPU)
 //! flux --first-image                           what `first` starts: draws one picture's latents and ends
+//! flux --soak SECONDS                          trains for so long and says what memory did
 //! ```
 //!
 //! The row of a whole training run is not here: its loop is stage `train`'s, which `cargo xtask bench flux --gpu` has.
 
-use engine_cuda::measure::{MEASURED, PREDICTED, draw_first, measure};
+use std::time::Duration;
+
+use engine_cuda::measure::{MEASURED, PREDICTED, draw_first, measure, soak};
 
 const FIRST_IMAGE: &str = "--first-image";
 
-fn first_image() {
-    match draw_first() {
-        Ok(parts) => println!("{parts}"),
+fn end_with(row: Result<serde_json::Value, engine_cuda::CudaError>) {
+    match row {
+        Ok(row) => println!("{row}"),
         Err(error) => {
             eprintln!("{error}");
             std::process::exit(1);
@@ -37,7 +40,11 @@ fn main() {
                 sections = list.split(',').map(str::to_owned).collect();
             }
             "--json" => file = given.next(),
-            FIRST_IMAGE => return first_image(),
+            FIRST_IMAGE => return end_with(draw_first()),
+            "--soak" => {
+                let seconds = given.next().and_then(|seconds| seconds.parse().ok());
+                return end_with(soak(Duration::from_secs(seconds.unwrap_or(600))));
+            }
             _ => {}
         }
     }

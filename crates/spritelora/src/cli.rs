@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bench::training_run::LEAST_STEPS;
 use bench::{CpuBench, FluxBench};
@@ -200,6 +201,9 @@ pub struct FluxBenchOptions {
     #[arg(long, value_name = "COUNT", default_value_t = 40,
         value_parser = clap::value_parser!(u32).range(i64::from(LEAST_STEPS)..=700))]
     pub train_steps: u32,
+    /// Train for so long after all else, and say whether device memory grew
+    #[arg(long, value_name = "SECONDS", requires = "gpu", value_parser = clap::value_parser!(u64).range(1..))]
+    pub soak_seconds: Option<u64>,
     /// Print one JSON document on stdout, and nothing else there
     #[arg(long)]
     pub json: bool,
@@ -212,6 +216,7 @@ impl FluxBenchOptions {
             gpu: self.gpu,
             peer: self.python.zip(self.peer),
             train_steps: self.train_steps,
+            soak: self.soak_seconds.map(Duration::from_secs),
             json: self.json,
         }
     }
@@ -319,6 +324,8 @@ mod tests {
         assert!(parsed(&[]) && parsed(&["--gpu", "--json"]));
         assert!(parsed(&["--gpu", "--train-steps", "700"]));
         assert!(!parsed(&["--gpu", "--train-steps", "7"]));
+        assert!(parsed(&["--gpu", "--soak-seconds", "600"]));
+        assert!(!parsed(&["--soak-seconds", "600"]));
         assert!(parsed(&[
             "--gpu",
             "--python",

@@ -1,5 +1,6 @@
 //! FLUX.1-dev's shapes on random weights: steps of training and sampling, attention, products, by time and memory; and
-//! training of all weights at the small base's; and the first picture of a program that was just started.
+//! training of all weights at the small base's; the first picture of a program that was just started; and memory over
+//! minutes of training.
 //!
 //! Weights are N(0, 0.02), made on the device: speed and memory only. Times are medians; each is taken after the work
 //! ran three times (by launches, recorded, replayed). `step` is what a training step of one batch costs with everything:
@@ -9,6 +10,7 @@ mod first;
 mod full;
 mod network;
 mod parts;
+mod soak;
 
 use mmdit::MmditConfig;
 use quant::{AdamWConfig, OptimizerKind};
@@ -21,6 +23,7 @@ use crate::plan::{LoraSize, PlanRequest, lora_sizes, plan};
 use crate::stream::{OpenOptions, Rates, Stream, Work};
 
 pub use first::draw_first;
+pub use soak::soak;
 
 /// What fails is said in its line, and the next line follows.
 type Outcome<V = ()> = Result<V, CudaError>;

@@ -43,7 +43,7 @@ impl Batch {
         }
     }
 
-    fn micro(&self) -> MicroBatch<'_> {
+    pub(super) fn micro(&self) -> MicroBatch<'_> {
         MicroBatch {
             shape: self.shape,
             latents: &self.latents,
@@ -79,6 +79,8 @@ pub(super) fn model_rows(table: &mut Table, name: &str, form: WeightForm) -> Out
     let mut lines = vec![
         ("recompute_b1", 1, Recompute::Everything),
         ("keep_b1", 1, Recompute::Nothing),
+        ("recompute_b2", 2, Recompute::Everything),
+        ("keep_b2", 2, Recompute::Nothing),
         ("recompute_b4", 4, Recompute::Everything),
         ("keep_b4", 4, Recompute::Nothing),
     ];
