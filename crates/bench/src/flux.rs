@@ -16,14 +16,8 @@ use serde_json::{Map, Value, json};
 use crate::peer::PeerError;
 use crate::training_run;
 
-/// What the peer is asked for.
-const PEER_SECTIONS: [&str; 5] = [
-    "mm",
-    "sample",
-    "train_nf4",
-    "train_bf16",
-    "train_bf16_compiled",
-];
+/// What the peer is asked for: what the table has a line or a ratio for.
+const PEER_SECTIONS: [&str; 4] = ["mm", "sample", "train_nf4", "train_bf16_compiled"];
 
 /// The public recipe: four of these are an optimiser step.
 const PEER_RECIPE: &str = "train_nf4_fp16_adamw8bit_ckpt1_txt512_b1_s_per_step";

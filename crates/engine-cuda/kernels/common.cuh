@@ -193,6 +193,17 @@ static __device__ __forceinline__ float dynamic_value(int code) {
     return code > zero ? value : -value;
 }
 
+// Values of the 16 codes of NF4: crates/quant's.
+static __constant__ const float NF4_VALUES[16] = {
+    -1.0f,       -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
+    0.0795803f,  0.1609302f,  0.2461123f,   0.33791524f, 0.44070983f,  0.562617f,    0.72295684f,   1.0f};
+
+// The scale of a block of 64 whose scale is doubly quantised; `map` has the values of the signed dynamic codes.
+static __device__ __forceinline__ float nf4_double_scale(const float* map, const unsigned char* codes,
+                                                         const float* nested_absmax, float mean, long long block) {
+    return __fadd_rn(__fmul_rn(map[codes[block]], nested_absmax[block / 256]), mean);
+}
+
 // 2√(2/π), and the cubic's factor.
 #define GELU_SLOPE 1.5957691216057308f
 #define GELU_CUBIC 0.044715f

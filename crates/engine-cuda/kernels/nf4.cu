@@ -10,10 +10,6 @@
 // The code of 0.0, which fills the last byte of an odd count.
 #define ZERO_CODE 7u
 
-static __constant__ const float NF4_VALUES[16] = {
-    -1.0f,       -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
-    0.0795803f,  0.1609302f,  0.2461123f,   0.33791524f, 0.44070983f,  0.562617f,    0.72295684f,   1.0f};
-
 // The number of midpoints between neighbouring values that `value` is greater than.
 static __device__ __forceinline__ unsigned nf4_code(float value) {
     unsigned code = 0;
@@ -168,6 +164,6 @@ extern "C" __global__ void __launch_bounds__(NF4_THREADS)
     map[threadIdx.x] = dynamic_value<true>(threadIdx.x); // dequantise has a barrier before the first use
     const float mean = *offset;
     dequantise(out, packed, n, [&](long long block) {
-        return __fadd_rn(__fmul_rn(map[codes[block]], nested_absmax[block / 256]), mean);
+        return nf4_double_scale(map, codes, nested_absmax, mean, block);
     });
 }

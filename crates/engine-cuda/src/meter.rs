@@ -27,6 +27,8 @@ impl Work {
             Self::Attention
         } else if name.starts_with("nf4") {
             Self::Dequantise
+        } else if name.starts_with("product") {
+            Self::Product
         } else {
             Self::Elementwise
         }
@@ -98,10 +100,7 @@ mod tests {
 
     #[test]
     fn files_of_kernels_tell_the_kind_of_work() {
-        let kinds = ["attention_sm90", "nf4", "norm"].map(Work::of_module);
-        assert_eq!(
-            kinds,
-            [Work::Attention, Work::Dequantise, Work::Elementwise]
-        );
+        let kinds = ["product_nf4", "attention_sm90", "nf4", "norm"].map(Work::of_module);
+        assert_eq!(kinds, Work::ALL);
     }
 }

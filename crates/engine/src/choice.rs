@@ -3,7 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use mmdit::BaseWeights;
+use engine_cuda::model::Sizes;
+use mmdit::{BaseWeights, MmditConfig};
 use pipeline::recipe::{BaseFormat, PrecisionChoice};
 use serde::{Deserialize, Serialize};
 use tensor::device::cpu;
@@ -65,7 +66,7 @@ impl EngineError {
         match self {
             Self::NoCard { .. } => {
                 "leave --engine out, and the portable engine does it, slowly; libraries are looked \
-                                    for where the system looks and in CUDA_HOME"
+                 for where the system looks and in CUDA_HOME"
                     .to_owned()
             }
             Self::Unsupported {
@@ -135,11 +136,24 @@ pub fn card_of(device_option: &str) -> Option<usize> {
     }
 }
 
+/// Whether the engine `cuda` can use the card of that number.
+///
+/// # Errors
+///
+/// [`EngineError::NoCard`] with what is missing.
+pub fn require_card(index: usize) -> Result<(), EngineError> {
+    let found = engine_cuda::device::probe(index).map(drop);
+    found.map_err(|error| EngineError::NoCard {
+        missing: error.to_string(),
+    })
+}
+
 impl EngineChoice {
-    /// The engine for a device and a precision.
+    /// The engine for a device, a precision and a network.
     ///
     /// `device` is where Burn computes. The engine `cuda` calls the driver by itself, so it needs no build with Burn's
-    /// CUDA backend, and only what a person said with `--device` keeps it from a card.
+    /// CUDA backend, and only what a person said with `--device` keeps it from a card. `auto` takes it for 16 bits where
+    /// there is a card and the network's widths are among those that its kernels have.
     ///
     /// # Errors
     ///
@@ -149,12 +163,9 @@ impl EngineChoice {
         device_option: &str,
         device: &Device,
         precision: Precision,
+        config: &MmditConfig,
     ) -> Result<EngineName, EngineError> {
-        self.resolve_with(device_option, device, precision, |index| {
-            engine_cuda::device::probe(index)
-                .map(drop)
-                .map_err(|error| error.to_string())
-        })
+        self.resolve_with(device_option, device, precision, config, require_card)
     }
 
     /// As [`EngineChoice::resolve`], with the words on what a card lacks from elsewhere.
@@ -163,7 +174,8 @@ impl EngineChoice {
         device_option: &str,
         device: &Device,
         precision: Precision,
-        probe: impl FnOnce(usize) -> Result<(), String>,
+        config: &MmditConfig,
+        require_card: impl FnOnce(usize) -> Result<(), EngineError>,
     ) -> Result<EngineName, EngineError> {
         let fits_cpu = *device == cpu() && precision == Precision::F32;
         let is_half = precision != Precision::F32;
@@ -175,8 +187,17 @@ impl EngineChoice {
         };
         match self {
             Self::Auto if fits_cpu => Ok(EngineName::Cpu),
-            // The engine `cuda` is asked for by name until its tests have passed on a card.
-            Self::Auto => Ok(EngineName::Portable),
+            Self::Auto => {
+                let card = card.filter(|_| is_half && Sizes::new(config).is_ok());
+                let taken = card.map(require_card);
+                if let Some(Err(error)) = &taken {
+                    tracing::info!("portable is taken: {error}");
+                }
+                Ok(match taken {
+                    Some(Ok(())) => EngineName::Cuda,
+                    _ => EngineName::Portable,
+                })
+            }
             Self::Named(EngineName::Cpu) if !fits_cpu => Err(unsupported(
                 EngineName::Cpu,
                 "on the CPU in f32",
@@ -193,9 +214,7 @@ impl EngineChoice {
                     "on NVIDIA cards",
                     format!("the device `{device_option}`"),
                 )),
-                Some(index) => probe(index)
-                    .map(|()| EngineName::Cuda)
-                    .map_err(|missing| EngineError::NoCard { missing }),
+                Some(index) => require_card(index).map(|()| EngineName::Cuda),
             },
             Self::Named(name) => Ok(name),
         }
@@ -213,12 +232,12 @@ mod tests {
         card: bool,
     ) -> Result<EngineName, EngineError> {
         let choice: EngineChoice = choice.parse().expect("it is known");
-        choice.resolve_with(option, &cpu(), precision, |_| {
-            if card {
-                Ok(())
-            } else {
-                Err("no libcuda".to_owned())
-            }
+        let config = MmditConfig::tiny();
+        choice.resolve_with(option, &cpu(), precision, &config, |_| match card {
+            true => Ok(()),
+            false => Err(EngineError::NoCard {
+                missing: "no libcuda".to_owned(),
+            }),
         })
     }
 
@@ -228,12 +247,22 @@ mod tests {
             ("auto", Precision::F32, false, EngineName::Cpu),
             ("auto", Precision::F32, true, EngineName::Cpu),
             ("auto", Precision::Bf16, false, EngineName::Portable),
-            ("auto", Precision::Bf16, true, EngineName::Portable),
-            ("cuda:1", Precision::F16, true, EngineName::Portable),
+            ("auto", Precision::Bf16, true, EngineName::Cuda),
+            ("cuda:1", Precision::F16, true, EngineName::Cuda),
             ("cpu", Precision::Bf16, true, EngineName::Portable),
         ] {
             assert_eq!(resolve("auto", option, precision, card), Ok(expected));
         }
+    }
+
+    #[test]
+    fn auto_leaves_widths_that_the_card_has_no_kernels_for_to_burn() {
+        let mut config = MmditConfig::tiny();
+        config.attention_head_dim = 6;
+        config.num_attention_heads = 2;
+        let taken =
+            EngineChoice::Auto.resolve_with("auto", &cpu(), Precision::Bf16, &config, |_| Ok(()));
+        assert_eq!(taken, Ok(EngineName::Portable));
     }
 
     #[test]

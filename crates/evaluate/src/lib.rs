@@ -190,7 +190,7 @@ fn held_out_loss(
     let train = &context.recipe.train;
     let precision = precision_of(train.precision);
     let choice: EngineChoice = context.options.engine.parse()?;
-    let name = choice.resolve(&context.options.device, &device, precision)?;
+    let name = choice.resolve(&context.options.device, &device, precision, config)?;
     let opening = Opening {
         dir: &context.weights_dir(WeightPart::Transformer),
         device,

@@ -27,12 +27,11 @@ use std::time::Instant;
 
 use checker::{CaseRun, Execution};
 use console::{print_document, print_line};
-use engine::{EngineChoice, EngineName};
+use engine::EngineName;
 use fixture::{Case, FixtureError, FixtureSet};
 use pipeline::Failure;
 use report::{CaseResult, Report};
 use tensor::Precision;
-use tensor::device::cpu;
 
 /// What a parity run ends with, as an exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,8 +93,7 @@ fn open(fixtures: &Path, engine: EngineName) -> Result<FixtureSet, Failure> {
         )
     })?;
     if engine == EngineName::Cuda {
-        let named = EngineChoice::Named(engine).resolve("cuda", &cpu(), Precision::Bf16);
-        named.map_err(|error| {
+        engine::choice::require_card(0).map_err(|error| {
             let help = error.help("train");
             Failure::bad_input(error).with_help(help)
         })?;

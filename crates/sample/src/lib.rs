@@ -66,7 +66,12 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
     let device = tensor::device::select(&context.options.device)?;
     let precision = precision_of(recipe.precision);
     let choice: EngineChoice = context.options.engine.parse()?;
-    let engine_name = choice.resolve(&context.options.device, &device, precision)?;
+    let engine_name = choice.resolve(
+        &context.options.device,
+        &device,
+        precision,
+        &base.transformer,
+    )?;
     let batch = context.options.batch.unwrap_or(USUAL_BATCH).max(1);
     let stack = LoraStack::read(&lora_choices(context), &base.transformer)?;
     let schedule = base.schedule(context, latent_cells)?;

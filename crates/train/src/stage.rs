@@ -37,7 +37,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     let device = device::select(&context.options.device)?;
     let precision = precision_of(recipe.precision);
     let choice: EngineChoice = context.options.engine.parse()?;
-    let name = choice.resolve(&context.options.device, &device, precision)?;
+    let name = choice.resolve(&context.options.device, &device, precision, &config)?;
     let opening = Opening {
         dir: &transformer_dir,
         device,

@@ -3,7 +3,8 @@
 //! Kept from forward to backward, per token and stream: the products before the head norms (3d), the sum after
 //! attention (d) and the MLP's hidden values before GELU (4d); attention's output (d) and sums; `x·Aᵀ` of adapted
 //! layers. Everything else is cheap to compute again: norms, GELU, turned queries and keys. Where modulations are
-//! trained, what is gated (2d) is kept too; where all weights are, everything.
+//! trained, what is gated (2d) is kept too; where all weights are, or the backward pass follows at once, everything that
+//! it reads.
 //!
 //! Source: `FluxTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
@@ -30,15 +31,17 @@ pub struct KeptStream {
     all: Option<AllOfStream>,
 }
 
-/// What a stream keeps besides where all weights are trained: their gradients need it, and nothing is computed twice.
+/// What a stream keeps besides where it pays, so that nothing is computed twice.
 #[derive(Clone, Copy, Debug)]
 struct AllOfStream {
-    /// Inputs of qkv and up, and the norms' statistics, `f32 [rows, 2]`.
+    /// Inputs of qkv and up.
     normed: [View; 2],
-    stats: [View; 2],
-    /// Inputs of out and down.
-    mixed: View,
-    activated: View,
+    /// The norms' statistics, `f32 [rows, 2]`, where gradients of their vectors want them.
+    stats: Option<[View; 2]>,
+    /// The input of out, where all weights are trained.
+    mixed: Option<View>,
+    /// The input of down, if that layer is trained.
+    activated: Option<View>,
 }
 
 /// What a double block keeps.
@@ -47,14 +50,16 @@ pub struct KeptDouble {
     streams: [KeptStream; 2],
     o: View,
     sums: View,
-    /// Queries, keys and values as attention reads them, where all weights are trained.
+    /// Queries, keys and values as attention reads them, where everything is kept.
     qkv: Option<Qkv>,
 }
 
 impl DoubleWeights {
-    /// Memory for what is kept; `gates` says whether gradients of the gates are wanted.
-    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool) -> KeptDouble {
-        let d = joint.sizes.d;
+    /// Memory for what is kept; `gates` says whether gradients of the gates are wanted, `all` whether everything is kept
+    /// that the backward pass reads. It always is where all weights are trained.
+    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool, all: bool) -> KeptDouble {
+        let (d, all_trained) = (joint.sizes.d, self.all_trained());
+        let all = all || all_trained;
         let streams = STREAMS.map(|s| {
             let rows = joint.shape.rows(s);
             let w = &self.streams[s];
@@ -64,21 +69,20 @@ impl DoubleWeights {
                 hidden: cx.half(rows * joint.sizes.mlp),
                 inner: [&w.qkv, &w.out, &w.up, &w.down].map(|linear| linear.keep(cx, rows)),
                 updates: gates.then(|| [cx.half(rows * d), cx.half(rows * d)]),
-                all: self.all_trained().then(|| AllOfStream {
+                all: all.then(|| AllOfStream {
                     normed: [cx.half(rows * d), cx.half(rows * d)],
-                    stats: [cx.f32(2 * rows), cx.f32(2 * rows)],
-                    mixed: cx.half(rows * d),
-                    activated: cx.half(rows * joint.sizes.mlp),
+                    stats: all_trained.then(|| [cx.f32(2 * rows), cx.f32(2 * rows)]),
+                    mixed: all_trained.then(|| cx.half(rows * d)),
+                    activated: (w.down.needs_input()).then(|| cx.half(rows * joint.sizes.mlp)),
                 }),
             }
         });
-        let (o, sums) = joint.output(cx);
-        let qkv = self.all_trained().then(|| joint.qkv(cx));
+        let rows = joint.shape.all_rows();
         KeptDouble {
             streams,
-            o,
-            sums,
-            qkv,
+            o: cx.half(rows * d),
+            sums: cx.f32(rows * joint.sizes.h),
+            qkv: all.then(|| joint.qkv(cx)),
         }
     }
 
@@ -107,7 +111,7 @@ impl DoubleWeights {
             let mark = cx.arena.mark();
             let all = kept.streams[s].all;
             let normed = all.map_or_else(|| cx.half(rows * d), |all| all.normed[0]);
-            let stats = all.map(|all| all.stats[0]);
+            let stats = all.and_then(|all| all.stats).map(|[first, _]| first);
             let places = [0, 1].map(|i| offset + (6 * s + i) * d);
             modulations.norm(cx, places, normed, stats, x[s], joint.samples(s))?;
             let [inner, ..] = kept.streams[s].inner;
@@ -128,9 +132,9 @@ impl DoubleWeights {
             let [_, inner_out, inner_up, inner_down] = kept_s.inner;
             let mark = cx.arena.mark();
             let all = kept_s.all;
-            let mixed = match all {
+            let mixed = match all.and_then(|all| all.mixed) {
                 None => joint.part(cx, kept.o, s)?,
-                Some(all) => joint.fetch_into(cx, all.mixed, kept.o, s)?,
+                Some(mixed) => joint.fetch_into(cx, mixed, kept.o, s)?,
             };
             let updates = kept_s.updates;
             let y = updates.map_or_else(|| cx.half(rows * d), |[y, _]| y);
@@ -141,7 +145,7 @@ impl DoubleWeights {
                 (None, Some(_)) => cx.half(rows * d),
                 (None, None) => y,
             };
-            let stats = all.map(|all| all.stats[1]);
+            let stats = all.and_then(|all| all.stats).map(|[_, second]| second);
             let shifts = [shift_mlp, scale_mlp];
             modulations.gate_and_norm(
                 cx,
@@ -158,7 +162,8 @@ impl DoubleWeights {
                 cx.arena.release(mark);
                 continue;
             }
-            let hidden = all.map_or_else(|| cx.half(rows * mlp), |all| all.activated);
+            let activated = all.and_then(|all| all.activated);
+            let hidden = activated.unwrap_or_else(|| cx.half(rows * mlp));
             elementwise::gelu_tanh(cx.stream, cx.t, hidden, kept_s.hidden, rows, mlp, mlp, mlp)?;
             if out.is_none() && updates.is_none() {
                 w.down.forward_inner(cx, hidden, rows, inner_down)?;
@@ -211,8 +216,9 @@ impl DoubleWeights {
             let gate = offset + (6 * s + 2) * d;
             let y = kept.streams[s].updates.map(|[y, _]| y);
             modulations.gate_backward(cx, gate, dy, gradient[s], (y, &w.out), joint.samples(s))?;
-            let mixed = match (kept.streams[s].all, w.out.needs_input()) {
-                (Some(all), _) => Some(all.mixed),
+            let mixed = kept.streams[s].all.and_then(|all| all.mixed);
+            let mixed = match (mixed, w.out.needs_input()) {
+                (Some(mixed), _) => Some(mixed),
                 (None, true) => Some(joint.part(cx, kept.o, s)?),
                 (None, false) => None,
             };
@@ -260,7 +266,7 @@ impl DoubleWeights {
             w.qkv
                 .backward(cx, dnormed, dproducts, normed, rows, inner)?;
             if let Some(dnormed) = dnormed {
-                let stats = all.map(|all| all.stats[0]);
+                let stats = all.and_then(|all| all.stats).map(|[first, _]| first);
                 let of = (x[s], stats);
                 modulations.norm_backward(cx, places, gradient[s], dnormed, of, samples, true)?;
             }
@@ -292,8 +298,8 @@ impl DoubleWeights {
         modulations.gate_backward(cx, offset + 5 * d, dy, gradient, (y, &w.down), samples)?;
         let dhidden = cx.half(rows * mlp);
         let inside = cx.arena.mark();
-        let activated = match (kept.all, w.down.needs_input()) {
-            (Some(all), _) => Some(all.activated),
+        let activated = match (kept.all.and_then(|all| all.activated), w.down.needs_input()) {
+            (Some(activated), _) => Some(activated),
             (None, true) => {
                 let activated = cx.half(rows * mlp);
                 elementwise::gelu_tanh(
@@ -333,7 +339,8 @@ impl DoubleWeights {
         };
         // `dy` is used up: it now takes the gradient of the normed sum.
         w.up.backward(cx, Some(dy), dhidden, normed, rows, inner_up)?;
-        let of = (kept.sum, kept.all.map(|all| all.stats[1]));
+        let stats = kept.all.and_then(|all| all.stats);
+        let of = (kept.sum, stats.map(|[_, second]| second));
         modulations.norm_backward(cx, places, gradient, dy, of, samples, true)?;
         cx.arena.release(mark);
         Ok(())

@@ -16,7 +16,7 @@ use crate::half_type::Half;
 use crate::model::error::ModelError;
 use crate::model::factors::{DeviceFactors, LoraFactors};
 use crate::model::joint::{Joint, Rope};
-use crate::model::linear::Cx;
+use crate::model::linear::{Cx, WeightScratch};
 use crate::model::modulations::Modulations;
 use crate::model::network::{self, Network, WeightForm};
 use crate::model::pass::{Conditions, Pass};
@@ -315,17 +315,17 @@ impl Engine {
         Arena::over(slab.view())
     }
 
-    /// What layers need, with room for one 16-bit weight at the bottom of the stack where weights are NF4.
+    /// What layers need, with room for two 16-bit weights at the bottom of the stack where weights are NF4.
     pub(crate) fn cx<'a>(&self, stream: &'a Stream, arena: &'a Arena) -> Cx<'a> {
-        let scratch = match self.options.form {
-            WeightForm::Half => 0,
-            WeightForm::Nf4 { .. } => 2 * self.network.largest_weight(),
+        let largest = match self.options.form {
+            WeightForm::Half => [0; 2],
+            WeightForm::Nf4 { .. } => self.network.largest_weights(),
         };
         Cx {
             stream,
             t: self.options.t,
             arena,
-            weight_scratch: arena.take(scratch),
+            weight_scratch: WeightScratch::new(arena, largest),
         }
     }
 

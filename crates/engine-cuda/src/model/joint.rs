@@ -39,12 +39,6 @@ impl Joint<'_> {
         std::array::from_fn(|_| cx.half(self.shape.all_rows() * self.sizes.d))
     }
 
-    /// Memory for attention's output and its sums: kept for the backward pass.
-    pub fn output(&self, cx: &Cx<'_>) -> (View, View) {
-        let rows = self.shape.all_rows();
-        (cx.half(rows * self.sizes.d), cx.f32(rows * self.sizes.h))
-    }
-
     /// `n` tokens of each sample from `offset` of the joined sequence, in rows of `stride` elements.
     fn heads(&self, n: usize, offset: usize, stride: usize) -> HeadShape {
         HeadShape {

@@ -4,6 +4,7 @@
 //! `[out, R]` (multiplied by their strengths), with `R` filled up to a multiple of 8. So a LoRA costs two thin products
 //! going forward and four going backward, however many layers are fused.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use crate::arena::Arena;
@@ -15,8 +16,7 @@ use crate::ops::{elementwise, sums};
 use crate::stream::Stream;
 use crate::view::View;
 
-/// What a layer needs to compute.
-#[derive(Clone, Copy)]
+/// What a layer needs to compute, for one run through the layers.
 pub struct Cx<'a> {
     /// Where it computes.
     pub stream: &'a Stream,
@@ -24,8 +24,39 @@ pub struct Cx<'a> {
     pub t: Half,
     /// Memory for what lies between layers.
     pub arena: &'a Arena,
-    /// Memory for one weight in 16 bits, where weights are NF4.
-    pub weight_scratch: View,
+    /// Where NF4 weights are brought into 16 bits.
+    pub weight_scratch: WeightScratch,
+}
+
+/// Memory for two NF4 weights in 16 bits: one of the largest, and one of those that are smaller.
+///
+/// A single block's two products are of different size, so that what its recomputed forward pass has brought into 16 bits
+/// for the larger is still there when its backward pass comes to it.
+pub struct WeightScratch {
+    /// Small and large.
+    slots: [View; 2],
+    /// The codes of what lies in the large one.
+    held: Cell<Option<View>>,
+}
+
+impl WeightScratch {
+    /// For weights of at most `[small, large]` elements of T; both 0 where weights are in T.
+    pub fn new(arena: &Arena, [small, large]: [usize; 2]) -> Self {
+        Self {
+            slots: [small, large].map(|elements| arena.take(2 * elements)),
+            held: Cell::new(None),
+        }
+    }
+
+    /// Where a weight of so many elements, whose codes begin with `codes`, is to be, and whether it is there already.
+    fn place(&self, elements: usize, codes: View) -> (View, bool) {
+        let [small, large] = self.slots;
+        if 2 * elements <= small.bytes() {
+            return (small.take(2 * elements), false);
+        }
+        let found = self.held.replace(Some(codes)) == Some(codes);
+        (large.take(2 * elements), found)
+    }
 }
 
 impl Cx<'_> {
@@ -214,15 +245,18 @@ impl Linear {
         match &self.weight {
             Weight::Half(view) => Ok(*view),
             Weight::Nf4(parts) => {
-                let mut rest = cx.weight_scratch;
+                let elements = self.in_features * self.out_features;
+                let (weight, is_there) = cx.weight_scratch.place(elements, parts[0].packed);
+                if is_there {
+                    return Ok(weight);
+                }
+                let mut rest = weight;
                 for part in parts {
                     let out = rest.take(2 * part.n);
                     nf4::dequantise(cx.stream, cx.t, out, part.packed, part.absmax, part.n)?;
                     rest = rest.skip(2 * part.n);
                 }
-                Ok(cx
-                    .weight_scratch
-                    .take(2 * self.in_features * self.out_features))
+                Ok(weight)
             }
         }
     }
@@ -239,22 +273,7 @@ impl Linear {
         rows: usize,
         inner: Option<View>,
     ) -> Result<(), CudaError> {
-        let (m, n, k) = (rows, self.out_features, self.in_features);
-        let weight = self.half_weight(cx)?;
-        let product = Product {
-            m,
-            n,
-            k,
-            a: Matrix::rows(x, k),
-            b: Matrix::transposed(weight, k),
-            c: y,
-            c_stride: y_stride,
-            output: Output::Half,
-            alpha: 1.0,
-            beta: 0.0,
-            bias: Some(self.bias),
-        };
-        cx.stream.product(cx.t, &product)?;
+        self.forward_without_factors(cx, (y, y_stride), x, rows)?;
         let Some(Factors {
             rank,
             first_row,
@@ -268,16 +287,63 @@ impl Linear {
         let inner = inner.expect("a layer with factors was given memory for x·Aᵀ");
         self.forward_inner(cx, x, rows, Some(inner))?;
         let add = Product {
+            m: rows,
             n: num_rows,
             k: rank,
             a: Matrix::rows(inner, rank),
             b: Matrix::transposed(b, rank),
             c: y.elements_from(first_row),
+            c_stride: y_stride,
+            output: Output::Half,
+            alpha: 1.0,
             beta: 1.0,
             bias: None,
-            ..product
         };
         cx.stream.product(cx.t, &add)
+    }
+
+    /// `y = x Wᵀ + bias`.
+    fn forward_without_factors(
+        &self,
+        cx: &Cx<'_>,
+        (y, y_stride): (View, usize),
+        x: View,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let (n, k) = (self.out_features, self.in_features);
+        if let Weight::Nf4(stored) = &self.weight
+            && nf4::has_product(rows, k)
+        {
+            for (part, Nf4Part { packed, absmax, .. }) in self.parts.iter().zip(stored) {
+                let [y, bias] = [y, self.bias].map(|view| view.elements_from(part.row));
+                let sizes = [rows, part.rows, k];
+                nf4::product(
+                    cx.stream,
+                    cx.t,
+                    (y, y_stride),
+                    x,
+                    *packed,
+                    *absmax,
+                    bias,
+                    sizes,
+                )?;
+            }
+            return Ok(());
+        }
+        let product = Product {
+            m: rows,
+            n,
+            k,
+            a: Matrix::rows(x, k),
+            b: Matrix::transposed(self.half_weight(cx)?, k),
+            c: y,
+            c_stride: y_stride,
+            output: Output::Half,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: Some(self.bias),
+        };
+        cx.stream.product(cx.t, &product)
     }
 
     /// Only `x·Aᵀ`, which the backward pass wants; nothing without factors.
@@ -437,5 +503,27 @@ impl Linear {
         }
         cx.arena.release(mark);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_weight_stays_until_another_large_one_comes() {
+        let arena = Arena::counting();
+        let scratch = WeightScratch::new(&arena, [100, 300]);
+        let [a, b] = [1, 2].map(|address| View::new(256 * address, 150));
+        let (place, found) = scratch.place(300, a);
+        assert!(!found);
+        // A small one has its own place, and is never taken to be there.
+        for _ in 0..2 {
+            let (small, found) = scratch.place(100, b);
+            assert!(!found && small.address() != place.address());
+        }
+        assert_eq!(scratch.place(300, a), (place, true));
+        assert!(!scratch.place(200, b).1);
+        assert!(!scratch.place(300, a).1);
     }
 }

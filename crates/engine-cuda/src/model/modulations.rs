@@ -196,6 +196,7 @@ mod tests {
     use super::*;
     use crate::arena::Arena;
     use crate::half_type::Half;
+    use crate::model::linear::WeightScratch;
     use crate::stream::Stream;
 
     const T: Half = Half::F16;
@@ -231,7 +232,7 @@ mod tests {
                 stream: &stream,
                 t: T,
                 arena: &arena,
-                weight_scratch: arena.take(0),
+                weight_scratch: WeightScratch::new(&arena, [0; 2]),
             };
             let put = |values: &[f32]| {
                 let view = cx.half(values.len());

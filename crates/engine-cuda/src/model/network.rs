@@ -161,12 +161,15 @@ impl Network {
         all
     }
 
-    /// Elements of the largest product's weight: what dequantising needs at once.
-    pub fn largest_weight(&self) -> usize {
-        self.linears()
-            .map(|linear| linear.in_features * linear.out_features)
-            .max()
-            .unwrap_or(0)
+    /// Elements of the largest products' weights and of the largest that are smaller: what dequantising needs at once.
+    pub fn largest_weights(&self) -> [usize; 2] {
+        let sizes = || {
+            let linears = self.linears();
+            linears.map(|linear| linear.in_features * linear.out_features)
+        };
+        let largest = sizes().max().unwrap_or(0);
+        let smaller = sizes().filter(|&size| size < largest).max();
+        [smaller.unwrap_or(0), largest]
     }
 }
 

@@ -178,6 +178,11 @@ struct AllOfHead {
 }
 
 impl Pass<'_> {
+    /// Whether gradients of gates are wanted.
+    fn gates(&self) -> bool {
+        self.modulations.gradient.is_some()
+    }
+
     fn embedders(&self) -> [&Linear; 2] {
         [&self.network.context_embedder, &self.network.x_embedder]
     }
@@ -199,7 +204,7 @@ impl Pass<'_> {
         }
         for (i, block) in network.double.iter().enumerate() {
             let mark = cx.arena.mark();
-            let kept = block.keep(cx, joint, self.modulations.gradient.is_some());
+            let kept = block.keep(cx, joint, self.gates(), false);
             let offset = joint.sizes.double_modulation(i);
             block.forward(cx, joint, Some(x), x, &kept, (&self.modulations, offset))?;
             cx.arena.release(mark);
@@ -209,7 +214,7 @@ impl Pass<'_> {
         }
         for (i, block) in network.single.iter().enumerate() {
             let mark = cx.arena.mark();
-            let kept = block.keep(cx, joint, self.modulations.gradient.is_some());
+            let kept = block.keep(cx, joint, self.gates(), false);
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
             block.forward(cx, joint, Some(joined), joined, &kept, modulations)?;
@@ -313,7 +318,7 @@ impl Pass<'_> {
             kept.double_inputs.push(x);
             let out = STREAMS.map(|s| cx.half(joint.shape.rows(s) * d));
             let mark = cx.arena.mark();
-            let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
+            let kept_block = block.keep(cx, joint, self.gates(), false);
             let offset = joint.sizes.double_modulation(i);
             block.forward(
                 cx,
@@ -340,7 +345,7 @@ impl Pass<'_> {
             kept.single_inputs.push(joined);
             let out = cx.half(all);
             let mark = cx.arena.mark();
-            let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
+            let kept_block = block.keep(cx, joint, self.gates(), false);
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
             block.forward(cx, joint, Some(out), joined, &kept_block, modulations)?;
@@ -378,7 +383,7 @@ impl Pass<'_> {
             let kept_block = match kept.single[i] {
                 Some(kept_block) => kept_block,
                 None => {
-                    let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
+                    let kept_block = block.keep(cx, joint, self.gates(), true);
                     // The output is known: the products behind what is kept are left out.
                     block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
@@ -406,7 +411,7 @@ impl Pass<'_> {
             let kept_block = match kept.double[i] {
                 Some(kept_block) => kept_block,
                 None => {
-                    let kept_block = block.keep(cx, joint, self.modulations.gradient.is_some());
+                    let kept_block = block.keep(cx, joint, self.gates(), true);
                     block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
                 }

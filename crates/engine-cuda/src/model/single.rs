@@ -2,7 +2,7 @@
 //!
 //! Kept from forward to backward, per token: the input product (7d: queries, keys and values before the head norms,
 //! hidden values before GELU) and attention's output (d). Where modulations are trained, what is gated (d) is kept too;
-//! where all weights are, everything.
+//! where all weights are, or the backward pass follows at once, everything that it reads.
 //!
 //! Source: `FluxSingleTransformerBlock`, diffusers 0.42; the backward pass is derived by hand.
 
@@ -28,57 +28,51 @@ pub struct KeptSingle {
     all: Option<AllOfSingle>,
 }
 
-/// What is kept besides where all weights are trained: their gradients need it, and nothing is computed twice. Then
-/// attention writes beside the activated hidden values, and `o` has their stride.
+/// What is kept besides where it pays, so that nothing is computed twice.
 #[derive(Clone, Copy, Debug)]
 struct AllOfSingle {
-    /// The input product's input, and the norm's statistics, `f32 [rows, 2]`.
+    /// The input product's input.
     normed: View,
-    stats: View,
+    /// The norm's statistics, `f32 [rows, 2]`, where gradients of its vectors want them.
+    stats: Option<View>,
     /// Queries, keys and values as attention reads them.
     qkv: Qkv,
-    /// The output product's input.
-    both: View,
+    /// The output product's input, if that layer is trained. Attention then writes into it, beside the activated hidden
+    /// values, and `o` has its stride.
+    both: Option<View>,
 }
 
 impl SingleWeights {
-    /// Memory for what is kept; `gates` says whether the gate's gradient is wanted.
-    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool) -> KeptSingle {
+    /// Memory for what is kept; `gates` says whether the gate's gradient is wanted, `all` whether everything is kept that
+    /// the backward pass reads. It always is where all weights are trained.
+    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool, all: bool) -> KeptSingle {
         let rows = joint.shape.all_rows();
         let products = cx.half(rows * self.input.out_features);
         let inner = [&self.input, &self.output].map(|linear| linear.keep(cx, rows));
         let d = joint.sizes.d;
         let update = gates.then(|| cx.half(rows * d));
-        if self.norm_gradients.is_some() {
-            let both = cx.half(rows * (d + joint.sizes.mlp));
-            return KeptSingle {
-                products,
-                o: both,
-                sums: cx.f32(rows * joint.sizes.h),
-                inner,
-                update,
-                all: Some(AllOfSingle {
-                    normed: cx.half(rows * d),
-                    stats: cx.f32(2 * rows),
-                    qkv: joint.qkv(cx),
-                    both,
-                }),
-            };
-        }
-        let (o, sums) = joint.output(cx);
+        let all_trained = self.norm_gradients.is_some();
+        let all = (all || all_trained).then(|| AllOfSingle {
+            normed: cx.half(rows * d),
+            stats: all_trained.then(|| cx.f32(2 * rows)),
+            qkv: joint.qkv(cx),
+            both: (self.output.needs_input()).then(|| cx.half(rows * (d + joint.sizes.mlp))),
+        });
         KeptSingle {
             products,
-            o,
-            sums,
+            o: all
+                .and_then(|all| all.both)
+                .unwrap_or_else(|| cx.half(rows * d)),
+            sums: cx.f32(rows * joint.sizes.h),
             inner,
             update,
-            all: None,
+            all,
         }
     }
 
     /// Elements from one row of attention's output to the next.
     fn o_stride(joint: &Joint<'_>, kept: &KeptSingle) -> usize {
-        match kept.all {
+        match kept.all.and_then(|all| all.both) {
             Some(_) => joint.sizes.d + joint.sizes.mlp,
             None => joint.sizes.d,
         }
@@ -102,7 +96,7 @@ impl SingleWeights {
         let mark = cx.arena.mark();
         let y = kept.update.unwrap_or_else(|| cx.half(rows * d));
         let normed = kept.all.map_or(y, |all| all.normed);
-        let stats = kept.all.map(|all| all.stats);
+        let stats = kept.all.and_then(|all| all.stats);
         modulations.norm(cx, places, normed, stats, x, samples)?;
         self.input
             .forward(cx, kept.products, width, normed, rows, kept.inner[0])?;
@@ -142,8 +136,8 @@ impl SingleWeights {
     ) -> Result<View, CudaError> {
         let (d, mlp) = (joint.sizes.d, joint.sizes.mlp);
         let (rows, width) = (joint.shape.all_rows(), self.input.out_features);
-        let both = match kept.all {
-            Some(all) => all.both,
+        let both = match kept.all.and_then(|all| all.both) {
+            Some(both) => both,
             None => {
                 let both = cx.half(rows * (d + mlp));
                 cx.stream
@@ -192,7 +186,7 @@ impl SingleWeights {
         let gate = offset + 2 * d;
         modulations.gate_backward(cx, gate, dy, gradient, (y, &self.output), samples)?;
         let both = match (kept.all, self.output.needs_input()) {
-            (Some(all), _) => Some(all.both),
+            (Some(all), _) => all.both,
             (None, true) => Some(self.side_by_side(cx, joint, kept)?),
             (None, false) => None,
         };
@@ -238,7 +232,7 @@ impl SingleWeights {
         self.input
             .backward(cx, dnormed, dproducts, normed, rows, kept.inner[0])?;
         if let Some(dnormed) = dnormed {
-            let of = (x, kept.all.map(|all| all.stats));
+            let of = (x, kept.all.and_then(|all| all.stats));
             modulations.norm_backward(cx, places, gradient, dnormed, of, samples, true)?;
         }
         cx.arena.release(mark);

@@ -1,11 +1,11 @@
-//! NF4 on the device against [`quant::Nf4`], bit for bit.
+//! NF4 on the device against [`quant::Nf4`], bit for bit; and products that dequantise on the way against sums in f64.
 
 use engine_cuda::ops::nf4::{self, Absmax, Source};
 use engine_cuda::{Half, Stream};
 use quant::{Nf4, Scales, StoredFloat};
 
 use crate::report::Report;
-use crate::support::{Bench, bits, differing, name, numbers};
+use crate::support::{Bench, bits, differing, distance, name, numbers, rounding};
 
 /// A count of weights that are all zero: a full block of scales and a short one.
 const ALL_ZERO: usize = 64 * 257;
@@ -20,6 +20,15 @@ pub fn run(s: &Stream, report: &mut Report) {
             for source in [Source::F32, Source::Half(t)] {
                 one(Bench { s, t }, n, source, report);
             }
+        }
+        for (rows, n, k) in [
+            (1, 5, 8),
+            (2, 33, 200),
+            (3, 70, 3072),
+            (4, 1, 264),
+            (4, 517, 1000),
+        ] {
+            product(Bench { s, t }, [rows, n, k], report);
         }
         counts_what_is_not_finite(Bench { s, t }, report);
     }
@@ -127,6 +136,58 @@ fn one(bench: Bench<'_>, n: usize, source: Source, report: &mut Report) {
     };
     let apart = dequantise(double, &reference);
     report.check(&format!("nf4 dequantise double {label}"), apart, 0.0);
+}
+
+/// A few rows times weights of both kinds of scales, into a wider matrix.
+fn product(bench: Bench<'_>, [rows, n, k]: [usize; 3], report: &mut Report) {
+    let Bench { s, t } = bench;
+    let stored = match t {
+        Half::Bf16 => StoredFloat::Bf16,
+        Half::F16 => StoredFloat::F16,
+    };
+    let quantised = || Nf4::quantize(&numbers(1, n * k, 0.02), stored).expect("finite");
+    let (plain, double) = (quantised(), quantised().double_quantized());
+    let packed = bench.upload(plain.packed());
+    let (x, x_values) = bench.half(&numbers(2, rows * k, 1.0));
+    let (bias, bias_values) = bench.half(&numbers(3, n, 0.1));
+    let Scales::Plain(scales) = plain.scales() else {
+        unreachable!("not yet doubly quantised")
+    };
+    let Scales::Double { centred, offset } = double.scales() else {
+        unreachable!("doubly quantised")
+    };
+    let (scales, codes) = (bench.upload(scales), bench.upload(centred.codes()));
+    let (nested, offset) = (bench.upload(centred.absmax()), bench.upload(&[*offset]));
+    let double_scales = Absmax::Double {
+        codes: codes.view(),
+        absmax: nested.view(),
+        offset: offset.view(),
+    };
+    let plain_scales = Absmax::Plain {
+        absmax: scales.view(),
+    };
+    for (what, absmax, weights) in [
+        ("", plain_scales, &plain),
+        (" double", double_scales, &double),
+    ] {
+        let weights: Vec<f32> = t.to_f32(&t.from_f32(&weights.dequantize()));
+        let stride = n + 3;
+        let out = bench.upload(&vec![0u16; rows * stride]);
+        let to = (out.view(), stride);
+        let (x, packed, bias) = (x.view(), packed.view(), bias.view());
+        nf4::product(s, t, to, x, packed, absmax, bias, [rows, n, k]).expect("launch");
+        let mut expected = vec![0.0; rows * stride];
+        for row in 0..rows {
+            for column in 0..n {
+                let products =
+                    (0..k).map(|i| x_values[row * k + i] * f64::from(weights[column * k + i]));
+                expected[row * stride + column] = bias_values[column] + products.sum::<f64>();
+            }
+        }
+        let off = distance(&bench.read_half(&out), &expected);
+        let label = format!("nf4 product{what} {} {rows}x{n}x{k}", name(t));
+        report.check(&label, off, rounding(t));
+    }
 }
 
 fn counts_what_is_not_finite(bench: Bench<'_>, report: &mut Report) {

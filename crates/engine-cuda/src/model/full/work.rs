@@ -4,7 +4,7 @@ use crate::arena::Arena;
 use crate::error::CudaError;
 use crate::model::full::FullTrainer;
 use crate::model::joint::Joint;
-use crate::model::linear::Cx;
+use crate::model::linear::{Cx, WeightScratch};
 use crate::model::modulations::Modulations;
 use crate::model::pass::{Conditions, Pass};
 use crate::ops::average::{self, Averaged, NUMBERS};
@@ -95,7 +95,7 @@ impl FullTrainer {
             stream,
             t: self.options.t,
             arena,
-            weight_scratch: arena.take(0),
+            weight_scratch: WeightScratch::new(arena, [0; 2]),
         }
     }
 
