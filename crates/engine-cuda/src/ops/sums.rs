@@ -9,7 +9,9 @@ use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::kernels::{Args, Launch, Module};
 use crate::ops::extent::{blocks, elements, multiples_of_8, strided, vectors};
-use crate::ops::rows::{MAX_WIDTH, vectors_of_a_lane};
+use crate::ops::modulated::{
+    GateGradients, MAX_NARROW, Modulated, NormGradients, vectors_of_a_lane,
+};
 use crate::stream::Stream;
 use crate::view::View;
 
@@ -65,6 +67,11 @@ impl Parts {
             outputs,
             columns,
         }
+    }
+
+    /// Those of sums over the tokens of each sample.
+    fn of_samples(view: View, m: &Modulated, outputs: usize) -> Self {
+        Self::of(view, [m.b, m.tokens, m.d], outputs)
     }
 
     /// The arguments of a kernel that computes them, up to its inputs.
@@ -130,12 +137,6 @@ impl Parts {
     }
 }
 
-/// One vector of `d` per segment, `stride` apart.
-fn modulation(view: View, stride: usize, segments: usize, d: usize) -> View {
-    multiples_of_8(&[stride], "stride of modulations");
-    vectors(view, strided(segments, stride, d), 2, "modulations")
-}
-
 /// Adds up parts of one vector or two: f32 `[parts, outputs, columns]` → `[columns]` each.
 ///
 /// # Errors
@@ -191,7 +192,7 @@ pub fn columns(
     parts.finish(s, t, F32, &[out], columns)
 }
 
-/// `out = Σ_tokens a·b` for each sample: T `[segments·rows, d]` → T `[segments, d]`, rows `out_stride` elements apart.
+/// `out = Σ_tokens a·b` for each sample: activations → a vector of T each, as the modulation's.
 ///
 /// # Errors
 ///
@@ -204,26 +205,22 @@ pub fn products(
     s: &Stream,
     t: Half,
     out: View,
-    out_stride: usize,
     a: View,
     b: View,
-    segments: usize,
-    rows: usize,
-    d: usize,
     partials: View,
+    m: Modulated,
 ) -> Result<(), CudaError> {
-    let parts = Parts::of(partials, [segments, rows, d], 1);
-    let n = segments * rows * d;
+    let parts = Parts::of_samples(partials, &m, 1);
     let args = parts
         .args()
-        .ptr(vectors(a, n, 2, "a factor"))
-        .ptr(vectors(b, n, 2, "a factor"));
-    parts.compute(s, t, "product_sums", args, rows)?;
-    parts.finish(s, t, HALF, &[out], out_stride)
+        .ptr(m.activation(a, "a factor"))
+        .ptr(m.activation(b, "a factor"));
+    parts.compute(s, t, "product_sums", args, m.tokens)?;
+    parts.finish(s, t, HALF, &[out], m.stride)
 }
 
-/// Gradients of a modulated norm's shift, `Σ_tokens dy`, and scale, `Σ_tokens dy·(x − μ)/σ`, for each sample: T
-/// `[segments·rows, d]` → T `[segments, d]` each, rows `out_stride` elements apart. `stats` are the norm's.
+/// Gradients of a modulated norm's shift, `Σ_tokens dy`, and scale, `Σ_tokens dy·(x − μ)/σ`, for each sample. `stats`
+/// are the norm's.
 ///
 /// # Errors
 ///
@@ -235,30 +232,25 @@ pub fn products(
 pub fn norms(
     s: &Stream,
     t: Half,
-    shift: View,
-    scale: View,
-    out_stride: usize,
+    gradients: NormGradients,
     dy: View,
     x: View,
     stats: View,
-    segments: usize,
-    rows: usize,
-    d: usize,
-    partials: View,
+    m: Modulated,
 ) -> Result<(), CudaError> {
-    let parts = Parts::of(partials, [segments, rows, d], 2);
-    let n = segments * rows * d;
+    let parts = Parts::of_samples(gradients.partials, &m, 2);
     let args = parts
         .args()
-        .ptr(vectors(dy, n, 2, "the norm's gradient"))
-        .ptr(vectors(x, n, 2, "the norm's input"))
-        .ptr(vectors(stats, 2 * segments * rows, 4, "statistics"));
-    parts.compute(s, t, "norm_sums", args, rows)?;
-    parts.finish(s, t, HALF, &[shift, scale], out_stride)
+        .ptr(m.activation(dy, "the norm's gradient"))
+        .ptr(m.activation(x, "the norm's input"))
+        .ptr(m.stats(stats));
+    parts.compute(s, t, "norm_sums", args, m.tokens)?;
+    let outputs = [gradients.shift, gradients.scale];
+    parts.finish(s, t, HALF, &outputs, m.stride)
 }
 
 /// [`norms`] and, in the same pass, the gradient of the norm's input, which is stored in `dx` or, with `accumulate`,
-/// added to it. `scale` is the modulation; its rows and those of the outputs are `stride` elements apart.
+/// added to it.
 ///
 /// # Errors
 ///
@@ -266,40 +258,42 @@ pub fn norms(
 ///
 /// # Panics
 ///
-/// As [`columns`], or if rows are wider than [`MAX_WIDTH`].
-pub fn norms_backward(
+/// As [`columns`], or if rows are wider than [`MAX_NARROW`].
+pub(super) fn norms_backward(
     s: &Stream,
     t: Half,
-    [dshift, dscale]: [View; 2],
+    gradients: NormGradients,
     dx: View,
     dy: View,
     x: View,
     stats: View,
     scale: View,
-    stride: usize,
-    segments: usize,
-    rows: usize,
-    d: usize,
+    m: Modulated,
     accumulate: bool,
-    partials: View,
 ) -> Result<(), CudaError> {
-    assert!(d <= MAX_WIDTH, "rows of {d} channels; {MAX_WIDTH} at most");
-    let parts = Parts::of(partials, [segments, rows, d], 2);
+    let Modulated {
+        tokens, d, stride, ..
+    } = m;
+    assert!(
+        d <= MAX_NARROW,
+        "rows of {d} channels; {MAX_NARROW} at most"
+    );
+    let parts = Parts::of_samples(gradients.partials, &m, 2);
     let args = parts
         .args()
-        .ptr(vectors(dx, segments * rows * d, 2, "the input's gradient"))
-        .ptr(vectors(dy, segments * rows * d, 2, "the norm's gradient"))
-        .ptr(vectors(x, segments * rows * d, 2, "the norm's input"))
-        .ptr(vectors(stats, 2 * segments * rows, 4, "statistics"))
-        .ptr(modulation(scale, stride, segments, d))
+        .ptr(m.activation(dx, "the input's gradient"))
+        .ptr(m.activation(dy, "the norm's gradient"))
+        .ptr(m.activation(x, "the norm's input"))
+        .ptr(m.stats(stats))
+        .ptr(m.vector(scale, "scales"))
         .i32(stride)
         .i32(i32::from(accumulate))
-        .i32(rows)
+        .i32(tokens)
         .i32(d)
         .i32(parts.splits);
     let width = vectors_of_a_lane(d);
     let launch = Launch {
-        grid: [blocks(segments * parts.splits), 1, 1],
+        grid: [blocks(parts.segments * parts.splits), 1, 1],
         // The widest form has half as many warps: its sums would not fit shared memory.
         block: [if width == 4 { THREADS / 2 } else { THREADS }, 1, 1],
         shared_bytes: 0,
@@ -307,12 +301,12 @@ pub fn norms_backward(
     let kernel = format!("norm_backward_sums_{width}");
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { s.launch(&SUMS, &[t.define()], &kernel, launch, args)? };
-    parts.finish(s, t, HALF, &[dshift, dscale], stride)
+    let outputs = [gradients.shift, gradients.scale];
+    parts.finish(s, t, HALF, &outputs, stride)
 }
 
-/// Going back through a gate: `dy = gate·dout`, the gate's gradient `Σ_tokens dout·y` of each sample (T, rows `stride`
-/// elements apart, as the gate's), and `bias = Σ dy` over everything (f32 `[d]`): the gradient of a bias that was added
-/// to `y`.
+/// Going back through a gate: `dy = gate·dout`, the gate's gradient `Σ_tokens dout·y` of each sample, and the bias's,
+/// `Σ dy` over everything.
 ///
 /// # Errors
 ///
@@ -321,42 +315,36 @@ pub fn norms_backward(
 /// # Panics
 ///
 /// As [`columns`].
-pub fn gate_backward(
+pub(super) fn gate_backward(
     s: &Stream,
     t: Half,
-    dgate: View,
-    bias: View,
+    gradients: GateGradients,
     dy: View,
     dout: View,
-    y: View,
     gate: View,
-    stride: usize,
-    segments: usize,
-    rows: usize,
-    d: usize,
-    partials: View,
+    m: Modulated,
 ) -> Result<(), CudaError> {
-    let parts = Parts::of(partials, [segments, rows, d], 2);
-    let gate = modulation(gate, stride, segments, d);
+    let parts = Parts::of_samples(gradients.partials, &m, 2);
+    let gate = m.vector(gate, "gates");
     let args = parts
         .args()
-        .ptr(vectors(dy, segments * rows * d, 2, "the update's gradient"))
-        .ptr(vectors(dout, segments * rows * d, 2, "the sum's gradient"))
-        .ptr(vectors(y, segments * rows * d, 2, "the update"))
+        .ptr(m.activation(dy, "the update's gradient"))
+        .ptr(m.activation(dout, "the sum's gradient"))
+        .ptr(m.activation(gradients.y, "the update"))
         .ptr(gate)
-        .i32(stride);
-    parts.compute(s, t, "gate_backward_sums", args, rows)?;
-    parts.finish(s, t, HALF, &[dgate], stride)?;
+        .i32(m.stride);
+    parts.compute(s, t, "gate_backward_sums", args, m.tokens)?;
+    parts.finish(s, t, HALF, &[gradients.gate], m.stride)?;
     let args = Args::new()
-        .ptr(elements(bias, d, 4, "the bias's gradient"))
+        .ptr(elements(gradients.bias, m.d, 4, "the bias's gradient"))
         .ptr(parts.view)
         .ptr(gate)
-        .i32(stride)
-        .i32(segments)
+        .i32(m.stride)
+        .i32(m.b)
         .i32(parts.splits)
-        .i32(d);
+        .i32(m.d);
     let launch = Launch {
-        grid: [blocks(d.div_ceil(FINISH_COLUMNS)), 1, 1],
+        grid: [blocks(m.d.div_ceil(FINISH_COLUMNS)), 1, 1],
         block: [FINISH_THREADS, 1, 1],
         shared_bytes: 0,
     };
