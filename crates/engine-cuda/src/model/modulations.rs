@@ -1,12 +1,11 @@
 //! Modulated norms and gates, there and back, by where their vectors lie.
-//!
-//! Where the vectors' gradients are wanted, rows are usually short and many, and other kernels do the same work.
 
 use mmdit::config::NORM_EPSILON;
 
 use crate::error::CudaError;
 use crate::model::linear::{Cx, Linear};
-use crate::ops::{elementwise, norm, rows, sums};
+use crate::ops::modulated::{self, GateGradients, Modulated, NormGradients};
+use crate::ops::sums;
 use crate::view::View;
 
 /// Modulation vectors of all blocks: T `[b, stride]`.
@@ -30,6 +29,16 @@ impl Modulations {
         self.view.elements_from(offset)
     }
 
+    fn of(&self, [b, tokens, d]: Samples) -> Modulated {
+        Modulated {
+            b,
+            tokens,
+            d,
+            stride: self.stride,
+            trained: self.gradient.is_some(),
+        }
+    }
+
     /// `out = norm(x)·(1 + scale) + shift`; shift and scale are at these elements of a sample.
     pub fn norm(
         &self,
@@ -38,18 +47,10 @@ impl Modulations {
         out: View,
         stats: Option<View>,
         x: View,
-        [b, tokens, d]: Samples,
+        samples: Samples,
     ) -> Result<(), CudaError> {
-        let [shift, scale] = places.map(|offset| self.at(offset));
-        let (s, t, stride, rows) = (cx.stream, cx.t, self.stride, b * tokens);
-        match stats {
-            Some(stats) if d <= rows::MAX_WIDTH => rows::norm_rows(
-                s, t, out, stats, x, shift, scale, stride, rows, tokens, d, EPSILON,
-            ),
-            _ => norm::ln_modulate(
-                s, t, out, stats, x, shift, scale, stride, rows, tokens, d, EPSILON,
-            ),
-        }
+        let (vectors, m) = (places.map(|offset| self.at(offset)), self.of(samples));
+        modulated::norm(cx.stream, cx.t, out, stats, x, vectors, m, EPSILON)
     }
 
     /// The gradient of a norm's input `x` from that of its output, stored in `dx` or, with `accumulate`, added to it;
@@ -61,49 +62,32 @@ impl Modulations {
         places: [usize; 2],
         dx: View,
         dy: View,
-        (x, stats): (View, Option<View>),
-        [b, tokens, d]: Samples,
+        (x, mut stats): (View, Option<View>),
+        samples: Samples,
         accumulate: bool,
     ) -> Result<(), CudaError> {
-        let (s, t, stride, rows) = (cx.stream, cx.t, self.stride, b * tokens);
-        let scale = self.at(places[1]);
+        let (s, t, m) = (cx.stream, cx.t, self.of(samples));
+        let mark = cx.arena.mark();
+        let mut gradients = None;
         if let Some(gradient) = self.gradient {
-            let outputs = places.map(|offset| gradient.elements_from(offset));
-            let mark = cx.arena.mark();
-            let stats = match stats {
-                Some(stats) => stats,
-                None => {
-                    let stats = cx.f32(2 * rows);
-                    let mark = cx.arena.mark();
-                    let normed = cx.half(rows * d);
-                    self.norm(cx, places, normed, Some(stats), x, [b, tokens, d])?;
-                    cx.arena.release(mark);
-                    stats
-                }
-            };
-            let partials = cx.f32(sums::partials_len(b, tokens, d, 2));
-            if d <= rows::MAX_WIDTH {
-                sums::norms_backward(
-                    s, t, outputs, dx, dy, x, stats, scale, stride, b, tokens, d, accumulate,
-                    partials,
-                )?;
+            if stats.is_none() {
+                stats = Some(cx.f32(2 * m.b * m.tokens));
+                let mark = cx.arena.mark();
+                let normed = cx.half(m.b * m.tokens * m.d);
+                self.norm(cx, places, normed, stats, x, samples)?;
                 cx.arena.release(mark);
-                return Ok(());
             }
-            let [dshift, dscale] = outputs;
-            sums::norms(
-                s, t, dshift, dscale, stride, dy, x, stats, b, tokens, d, partials,
-            )?;
-            let stats = Some(stats);
-            norm::ln_modulate_backward(
-                s, t, dx, dy, x, stats, scale, stride, rows, tokens, d, EPSILON, accumulate,
-            )?;
-            cx.arena.release(mark);
-            return Ok(());
+            let [shift, scale] = places.map(|offset| gradient.elements_from(offset));
+            gradients = Some(NormGradients {
+                shift,
+                scale,
+                partials: cx.f32(sums::partials_len(m.b, m.tokens, m.d, 2)),
+            });
         }
-        norm::ln_modulate_backward(
-            s, t, dx, dy, x, stats, scale, stride, rows, tokens, d, EPSILON, accumulate,
-        )
+        let (of, scale) = ((x, stats), self.at(places[1]));
+        modulated::norm_backward(s, t, dx, dy, of, scale, gradients, m, EPSILON, accumulate)?;
+        cx.arena.release(mark);
+        Ok(())
     }
 
     /// `out = residual + gate·y`, clipped to what f16 holds if `clip`; the gate is at this element of a sample.
@@ -115,21 +99,15 @@ impl Modulations {
         out: View,
         residual: View,
         y: View,
-        [b, tokens, d]: Samples,
+        samples: Samples,
         clip: bool,
     ) -> Result<(), CudaError> {
-        let (s, t, stride, rows) = (cx.stream, cx.t, self.stride, b * tokens);
-        let gate = self.at(offset);
-        match self.gradient {
-            None => elementwise::gate_residual(
-                s, t, out, residual, gate, stride, y, rows, tokens, d, clip,
-            ),
-            Some(_) => rows::gate_rows(s, t, out, residual, gate, stride, y, rows, tokens, d, clip),
-        }
+        let (gate, m) = (self.at(offset), self.of(samples));
+        modulated::gate(cx.stream, cx.t, out, residual, gate, y, m, clip)
     }
 
-    /// [`Modulations::gate`] into `sum` without clipping, and [`Modulations::norm`] of that into `out`, with the same bits;
-    /// in one pass where no gradients are wanted of the vectors. `out` may be `y`.
+    /// [`Modulations::gate`] into `sum` without clipping, and [`Modulations::norm`] of that into `out`, with the same
+    /// bits. `out` may be `y`.
     #[allow(clippy::too_many_arguments)] // a kernel's
     pub fn gate_and_norm(
         &self,
@@ -139,18 +117,12 @@ impl Modulations {
         stats: Option<View>,
         residual: View,
         y: View,
-        [b, tokens, d]: Samples,
+        samples: Samples,
     ) -> Result<(), CudaError> {
-        if self.gradient.is_some() {
-            self.gate(cx, gate, sum, residual, y, [b, tokens, d], false)?;
-            return self.norm(cx, places, out, stats, sum, [b, tokens, d]);
-        }
-        let [gate, shift, scale] = [gate, places[0], places[1]].map(|offset| self.at(offset));
-        let (s, t, stride, rows) = (cx.stream, cx.t, self.stride, b * tokens);
-        norm::gate_residual_ln_modulate(
-            s, t, sum, out, stats, residual, gate, y, shift, scale, stride, rows, tokens, d,
-            EPSILON, false,
-        )
+        let (s, t, m) = (cx.stream, cx.t, self.of(samples));
+        let (gate, vectors) = (self.at(gate), places.map(|offset| self.at(offset)));
+        let outputs = [sum, out];
+        modulated::gate_and_norm(s, t, outputs, stats, residual, gate, y, vectors, m, EPSILON)
     }
 
     /// `dy = gate·dout`; and, if they are wanted, the gradients of the gate and of the bias of the layer that gave `y`,
@@ -166,26 +138,22 @@ impl Modulations {
         dy: View,
         dout: View,
         (y, layer): (Option<View>, &Linear),
-        [b, tokens, d]: Samples,
+        samples: Samples,
     ) -> Result<(), CudaError> {
-        let (s, t, stride) = (cx.stream, cx.t, self.stride);
-        let gate = self.at(offset);
-        let Some(gradient) = self.gradient else {
-            let rows = b * tokens;
-            return elementwise::gate_backward(s, t, dy, dout, gate, stride, rows, tokens, d);
-        };
-        let y = y.expect("what was gated is kept where gradients are wanted");
+        let m = self.of(samples);
         let mark = cx.arena.mark();
-        let partials = cx.f32(sums::partials_len(b, tokens, d, 2));
-        let dgate = gradient.elements_from(offset);
-        // A frozen layer's bias has its sum on the way, and nobody reads it.
-        let bias = match layer.gradients {
-            Some(wanted) => wanted.bias,
-            None => cx.f32(d),
-        };
-        sums::gate_backward(
-            s, t, dgate, bias, dy, dout, y, gate, stride, b, tokens, d, partials,
-        )?;
+        let gradients = self.gradient.map(|gradient| GateGradients {
+            partials: cx.f32(sums::partials_len(m.b, m.tokens, m.d, 2)),
+            gate: gradient.elements_from(offset),
+            // A frozen layer's bias has its sum on the way, and nobody reads it.
+            bias: match layer.gradients {
+                Some(wanted) => wanted.bias,
+                None => cx.f32(m.d),
+            },
+            y: y.expect("what was gated is kept where gradients are wanted"),
+        });
+        let gate = self.at(offset);
+        modulated::gate_backward(cx.stream, cx.t, dy, dout, gate, gradients, m)?;
         cx.arena.release(mark);
         Ok(())
     }
@@ -224,7 +192,7 @@ mod tests {
     #[test]
     fn a_norms_vectors_have_gradients_where_no_statistics_were_kept() {
         let [b, tokens] = [2, 3];
-        for d in [48, rows::MAX_WIDTH + 8] {
+        for d in [48, modulated::MAX_NARROW + 8] {
             let stream = Stream::host();
             let memory = stream.allocate(1 << 20, "a test").expect("host memory");
             let arena = Arena::over(memory.view());

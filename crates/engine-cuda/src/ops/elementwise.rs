@@ -1,4 +1,4 @@
-//! Passes over whole activations: gates, GELU, SiLU, sums, conversions, sinusoids. Kernels: `elementwise.cu`.
+//! Passes over whole activations: GELU, SiLU, sums, conversions, sinusoids. Kernels: `elementwise.cu`.
 
 #![allow(clippy::too_many_arguments)] // a kernel's
 
@@ -25,10 +25,16 @@ const FLAT_CHUNK: usize = 4096;
 /// Sinusoids of one time: 128 cosines and 128 sines.
 const NUM_SINUSOIDS: usize = 256;
 
+/// A kernel of this file over rows.
+///
+/// # Errors
+///
+/// If the launch fails.
+///
 /// # Safety
 ///
 /// The arguments are the kernel's, and every view is as large as `rows` rows of `columns` need.
-unsafe fn launch_rows(
+pub(super) unsafe fn launch_rows(
     s: &Stream,
     t: Half,
     kernel: &str,
@@ -68,84 +74,6 @@ unsafe fn launch_flat(
     };
     // SAFETY: promised by the caller.
     unsafe { s.launch(&ELEMENTWISE, &[t.define()], kernel, launch, args) }
-}
-
-/// One vector of `d` per sample, `mod_stride` apart.
-fn modulation(view: View, mod_stride: usize, rows: usize, tokens: usize, d: usize) -> View {
-    multiples_of_8(&[mod_stride, d], "stride of modulations and width");
-    assert!(
-        tokens > 0 && rows.is_multiple_of(tokens),
-        "{rows} rows are no samples of {tokens} tokens"
-    );
-    vectors(view, strided(rows / tokens, mod_stride, d), 2, "gates")
-}
-
-/// `out = residual + gate·y`, clipped to what f16 holds if `clip`: T `[rows, d]`, one gate vector per sample.
-///
-/// `out` may be `residual`.
-///
-/// # Errors
-///
-/// If the launch fails.
-///
-/// # Panics
-///
-/// If a view is too short, or a size or an address does not suit 16-byte accesses.
-pub fn gate_residual(
-    s: &Stream,
-    t: Half,
-    out: View,
-    residual: View,
-    gate: View,
-    mod_stride: usize,
-    y: View,
-    rows: usize,
-    tokens_per_sample: usize,
-    d: usize,
-    clip: bool,
-) -> Result<(), CudaError> {
-    let args = Args::new()
-        .ptr(vectors(out, rows * d, 2, "the sum"))
-        .ptr(vectors(residual, rows * d, 2, "the residual"))
-        .ptr(modulation(gate, mod_stride, rows, tokens_per_sample, d))
-        .i32(mod_stride)
-        .ptr(vectors(y, rows * d, 2, "the update"))
-        .i32(tokens_per_sample)
-        .i32(d)
-        .i32(i32::from(clip));
-    // SAFETY: the kernel's arguments; every view was compared with the sizes.
-    unsafe { launch_rows(s, t, "gate_residual", rows, d, args) }
-}
-
-/// `dy = gate·dout`: the gradient of [`gate_residual`] with respect to `y`. `dy` may be `dout`.
-///
-/// # Errors
-///
-/// If the launch fails.
-///
-/// # Panics
-///
-/// As [`gate_residual`].
-pub fn gate_backward(
-    s: &Stream,
-    t: Half,
-    dy: View,
-    dout: View,
-    gate: View,
-    mod_stride: usize,
-    rows: usize,
-    tokens_per_sample: usize,
-    d: usize,
-) -> Result<(), CudaError> {
-    let args = Args::new()
-        .ptr(vectors(dy, rows * d, 2, "the update's gradient"))
-        .ptr(vectors(dout, rows * d, 2, "the sum's gradient"))
-        .ptr(modulation(gate, mod_stride, rows, tokens_per_sample, d))
-        .i32(mod_stride)
-        .i32(tokens_per_sample)
-        .i32(d);
-    // SAFETY: the kernel's arguments; every view was compared with the sizes.
-    unsafe { launch_rows(s, t, "gate_backward", rows, d, args) }
 }
 
 /// GELU in its tanh form: T `[rows, cols]` with row strides. `out` may be `x`.

@@ -352,9 +352,9 @@ pub fn qk_norm_rope_backward_sums(
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { s.launch(&ROPE, &[t.define()], &kernel, launch, args)? };
     let parts = grid[0] * grid[1];
-    sums::finish_pair(s, t, [dwq, dwk], partials, parts, shape.dh)?;
+    sums::finish(s, t, &[dwq, dwk], partials, parts, shape.dh)?;
     match fast {
-        true => sums::finish_one(s, t, bias, bias_partials, grid[0], columns),
+        true => sums::finish(s, t, &[bias], bias_partials, grid[0], columns),
         false => {
             let stride = shape.in_stride;
             sums::columns(s, t, bias, dqkv, stride, rows, columns, bias_partials)

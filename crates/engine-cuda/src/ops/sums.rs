@@ -9,7 +9,9 @@ use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::kernels::{Args, Launch, Module};
 use crate::ops::extent::{blocks, elements, multiples_of_8, strided, vectors};
-use crate::ops::rows::{MAX_WIDTH, vectors_of_a_lane};
+use crate::ops::modulated::{
+    GateGradients, MAX_NARROW, Modulated, NormGradients, vectors_of_a_lane,
+};
 use crate::stream::Stream;
 use crate::view::View;
 
@@ -40,155 +42,127 @@ pub fn partials_len(segments: usize, rows: usize, columns: usize, outputs: usize
     segments * splits(segments, rows, columns) * outputs * columns
 }
 
-/// Sizes of a sum.
-struct Sizes {
+/// What a finishing kernel writes, and bytes of each number.
+const HALF: (&str, usize) = ("finish_sums_half", 2);
+const F32: (&str, usize) = ("finish_sums_f32", 4);
+
+/// Parts of sums: f32 `[segments, splits, outputs, columns]`.
+struct Parts {
+    view: View,
     segments: usize,
-    rows: usize,
-    columns: usize,
+    splits: usize,
     outputs: usize,
+    columns: usize,
 }
 
-impl Sizes {
-    fn partials(&self, view: View) -> View {
-        let n = partials_len(self.segments, self.rows, self.columns, self.outputs);
-        vectors(view, n, 4, "partial sums")
+impl Parts {
+    /// Those of sums over the rows of each segment.
+    fn of(view: View, [segments, rows, columns]: [usize; 3], outputs: usize) -> Self {
+        multiples_of_8(&[columns], "columns");
+        let n = partials_len(segments, rows, columns, outputs);
+        Self {
+            view: vectors(view, n, 4, "partial sums"),
+            segments,
+            splits: splits(segments, rows, columns),
+            outputs,
+            columns,
+        }
     }
 
-    fn splits(&self) -> usize {
-        splits(self.segments, self.rows, self.columns)
+    /// Those of sums over the tokens of each sample.
+    fn of_samples(view: View, m: &Modulated, outputs: usize) -> Self {
+        Self::of(view, [m.b, m.tokens, m.d], outputs)
     }
 
-    fn modulation(&self, view: View, stride: usize) -> View {
-        multiples_of_8(&[stride], "stride of modulations");
-        let reach = strided(self.segments, stride, self.columns);
-        vectors(view, reach, 2, "modulations")
+    /// The arguments of a kernel that computes them, up to its inputs.
+    fn args(&self) -> Args {
+        Args::new().ptr(self.view)
     }
 
-    fn rows(&self, view: View, what: &str) -> View {
-        vectors(view, self.segments * self.rows * self.columns, 2, what)
-    }
-
-    fn sum(&self, s: &Stream, t: Half, kernel: &str, args: Args) -> Result<(), CudaError> {
+    /// Computes them. `args` are the kernel's, but for the sizes.
+    fn compute(
+        &self,
+        s: &Stream,
+        t: Half,
+        kernel: &str,
+        args: Args,
+        rows: usize,
+    ) -> Result<(), CudaError> {
         let launch = Launch {
             grid: [
-                blocks(self.segments * self.splits()),
+                blocks(self.segments * self.splits),
                 blocks(self.columns.div_ceil(CHUNK)),
                 1,
             ],
             block: [THREADS, 1, 1],
             shared_bytes: 0,
         };
-        let args = args.i32(self.rows).i32(self.columns).i32(self.splits());
+        let args = args.i32(rows).i32(self.columns).i32(self.splits);
         // SAFETY: the callers below give each kernel its arguments, and have compared every view with the sizes.
         unsafe { s.launch(&SUMS, &[t.define()], kernel, launch, args) }
     }
 
+    /// Adds them up, into as many of the outputs as are given: `[segments, columns]` each, rows `stride` elements
+    /// apart.
     fn finish(
         &self,
         s: &Stream,
         t: Half,
-        kernel: &str,
-        outputs: [View; 2],
+        (kernel, bytes_each): (&str, usize),
+        outputs: &[View],
         stride: usize,
-        bytes_each: usize,
-        partials: View,
-        wanted: usize,
     ) -> Result<(), CudaError> {
         let reach = strided(self.segments, stride, self.columns);
-        let [first, second] = outputs.map(|view| elements(view, reach, bytes_each, "sums"));
-        finish(
-            s,
-            t,
-            kernel,
-            [first, second],
-            partials,
-            [
-                self.segments,
-                self.splits(),
-                self.columns,
-                stride,
-                self.outputs,
+        let output = |view| elements(view, reach, bytes_each, "sums");
+        // Kernels take two; the second of one is not written.
+        let args = Args::new()
+            .ptr(output(outputs[0]))
+            .ptr(output(outputs[outputs.len() - 1]))
+            .ptr(self.view)
+            .i32(self.splits)
+            .i32(self.columns)
+            .i32(self.outputs)
+            .i32(stride);
+        let launch = Launch {
+            grid: [
+                blocks(self.columns.div_ceil(FINISH_COLUMNS)),
+                blocks(self.segments),
+                blocks(outputs.len()),
             ],
-            wanted,
-        )
+            block: [FINISH_THREADS, 1, 1],
+            shared_bytes: 0,
+        };
+        // SAFETY: the kernel's arguments; every view was compared with the sizes.
+        unsafe { s.launch(&SUMS, &[t.define()], kernel, launch, args) }
     }
 }
 
-/// Adds up the parts of the first `wanted` outputs; all views are compared with the sizes by the callers.
-fn finish(
+/// Adds up parts of one vector or two: f32 `[parts, outputs, columns]` → `[columns]` each.
+///
+/// # Errors
+///
+/// If the launch fails.
+///
+/// # Panics
+///
+/// If a view is too short.
+pub(super) fn finish(
     s: &Stream,
     t: Half,
-    kernel: &str,
-    [first, second]: [View; 2],
+    outputs: &[View],
     partials: View,
-    [segments, splits, columns, stride, outputs]: [usize; 5],
-    wanted: usize,
+    parts: usize,
+    columns: usize,
 ) -> Result<(), CudaError> {
-    let args = Args::new()
-        .ptr(first)
-        .ptr(second)
-        .ptr(partials)
-        .i32(splits)
-        .i32(columns)
-        .i32(outputs)
-        .i32(stride);
-    let launch = Launch {
-        grid: [
-            blocks(columns.div_ceil(FINISH_COLUMNS)),
-            blocks(segments),
-            blocks(wanted),
-        ],
-        block: [FINISH_THREADS, 1, 1],
-        shared_bytes: 0,
+    let n = parts * outputs.len() * columns;
+    let parts = Parts {
+        view: elements(partials, n, 4, "partial sums"),
+        segments: 1,
+        splits: parts,
+        outputs: outputs.len(),
+        columns,
     };
-    // SAFETY: promised by the callers.
-    unsafe { s.launch(&SUMS, &[t.define()], kernel, launch, args) }
-}
-
-/// Adds up `parts` of two vectors: f32 `[parts, 2, columns]` → two of `columns`.
-///
-/// # Errors
-///
-/// If the launch fails.
-///
-/// # Panics
-///
-/// If a view is too short.
-pub(super) fn finish_pair(
-    s: &Stream,
-    t: Half,
-    outputs: [View; 2],
-    partials: View,
-    parts: usize,
-    columns: usize,
-) -> Result<(), CudaError> {
-    let outputs = outputs.map(|view| elements(view, columns, 4, "sums"));
-    let partials = elements(partials, parts * 2 * columns, 4, "partial sums");
-    let sizes = [1, parts, columns, columns, 2];
-    finish(s, t, "finish_sums_f32", outputs, partials, sizes, 2)
-}
-
-/// Adds up `parts` of one vector: f32 `[parts, columns]` → `[columns]`.
-///
-/// # Errors
-///
-/// If the launch fails.
-///
-/// # Panics
-///
-/// If a view is too short.
-pub(super) fn finish_one(
-    s: &Stream,
-    t: Half,
-    out: View,
-    partials: View,
-    parts: usize,
-    columns: usize,
-) -> Result<(), CudaError> {
-    let out = elements(out, columns, 4, "sums");
-    let partials = elements(partials, parts * columns, 4, "partial sums");
-    let sizes = [1, parts, columns, columns, 1];
-    finish(s, t, "finish_sums_f32", [out; 2], partials, sizes, 1)
+    parts.finish(s, t, F32, outputs, columns)
 }
 
 /// `out = Σ_rows x`: T `[rows, columns]`, rows `stride` elements apart → f32 `[columns]`.
@@ -210,23 +184,15 @@ pub fn columns(
     columns: usize,
     partials: View,
 ) -> Result<(), CudaError> {
-    multiples_of_8(&[columns, stride], "columns and their stride");
-    let sizes = Sizes {
-        segments: 1,
-        rows,
-        columns,
-        outputs: 1,
-    };
-    let partials = sizes.partials(partials);
-    let args = Args::new()
-        .ptr(partials)
-        .ptr(vectors(x, strided(rows, stride, columns), 2, "the rows"))
-        .i32(stride);
-    sizes.sum(s, t, "column_sums", args)?;
-    sizes.finish(s, t, "finish_sums_f32", [out; 2], columns, 4, partials, 1)
+    multiples_of_8(&[stride], "stride of columns");
+    let parts = Parts::of(partials, [1, rows, columns], 1);
+    let x = vectors(x, strided(rows, stride, columns), 2, "the rows");
+    let args = parts.args().ptr(x).i32(stride);
+    parts.compute(s, t, "column_sums", args, rows)?;
+    parts.finish(s, t, F32, &[out], columns)
 }
 
-/// `out = Σ_tokens a·b` for each sample: T `[segments·rows, d]` → T `[segments, d]`, rows `out_stride` elements apart.
+/// `out = Σ_tokens a·b` for each sample: activations → a vector of T each, as the modulation's.
 ///
 /// # Errors
 ///
@@ -239,42 +205,22 @@ pub fn products(
     s: &Stream,
     t: Half,
     out: View,
-    out_stride: usize,
     a: View,
     b: View,
-    segments: usize,
-    rows: usize,
-    d: usize,
     partials: View,
+    m: Modulated,
 ) -> Result<(), CudaError> {
-    multiples_of_8(&[d], "columns");
-    let sizes = Sizes {
-        segments,
-        rows,
-        columns: d,
-        outputs: 1,
-    };
-    let partials = sizes.partials(partials);
-    let n = segments * rows * d;
-    let args = Args::new()
-        .ptr(partials)
-        .ptr(vectors(a, n, 2, "a factor"))
-        .ptr(vectors(b, n, 2, "a factor"));
-    sizes.sum(s, t, "product_sums", args)?;
-    sizes.finish(
-        s,
-        t,
-        "finish_sums_half",
-        [out; 2],
-        out_stride,
-        2,
-        partials,
-        1,
-    )
+    let parts = Parts::of_samples(partials, &m, 1);
+    let args = parts
+        .args()
+        .ptr(m.activation(a, "a factor"))
+        .ptr(m.activation(b, "a factor"));
+    parts.compute(s, t, "product_sums", args, m.tokens)?;
+    parts.finish(s, t, HALF, &[out], m.stride)
 }
 
-/// Gradients of a modulated norm's shift, `Σ_tokens dy`, and scale, `Σ_tokens dy·(x − μ)/σ`, for each sample: T
-/// `[segments·rows, d]` → T `[segments, d]` each, rows `out_stride` elements apart. `stats` are the norm's.
+/// Gradients of a modulated norm's shift, `Σ_tokens dy`, and scale, `Σ_tokens dy·(x − μ)/σ`, for each sample. `stats`
+/// are the norm's.
 ///
 /// # Errors
 ///
@@ -286,46 +232,25 @@ pub fn products(
 pub fn norms(
     s: &Stream,
     t: Half,
-    shift: View,
-    scale: View,
-    out_stride: usize,
+    gradients: NormGradients,
     dy: View,
     x: View,
     stats: View,
-    segments: usize,
-    rows: usize,
-    d: usize,
-    partials: View,
+    m: Modulated,
 ) -> Result<(), CudaError> {
-    multiples_of_8(&[d], "columns");
-    let sizes = Sizes {
-        segments,
-        rows,
-        columns: d,
-        outputs: 2,
-    };
-    let partials = sizes.partials(partials);
-    let n = segments * rows * d;
-    let args = Args::new()
-        .ptr(partials)
-        .ptr(vectors(dy, n, 2, "the norm's gradient"))
-        .ptr(vectors(x, n, 2, "the norm's input"))
-        .ptr(vectors(stats, 2 * segments * rows, 4, "statistics"));
-    sizes.sum(s, t, "norm_sums", args)?;
-    sizes.finish(
-        s,
-        t,
-        "finish_sums_half",
-        [shift, scale],
-        out_stride,
-        2,
-        partials,
-        2,
-    )
+    let parts = Parts::of_samples(gradients.partials, &m, 2);
+    let args = parts
+        .args()
+        .ptr(m.activation(dy, "the norm's gradient"))
+        .ptr(m.activation(x, "the norm's input"))
+        .ptr(m.stats(stats));
+    parts.compute(s, t, "norm_sums", args, m.tokens)?;
+    let outputs = [gradients.shift, gradients.scale];
+    parts.finish(s, t, HALF, &outputs, m.stride)
 }
 
 /// [`norms`] and, in the same pass, the gradient of the norm's input, which is stored in `dx` or, with `accumulate`,
-/// added to it. `scale` is the modulation; its rows and those of the outputs are `stride` elements apart.
+/// added to it.
 ///
 /// # Errors
 ///
@@ -333,47 +258,42 @@ pub fn norms(
 ///
 /// # Panics
 ///
-/// As [`columns`], or if rows are wider than [`MAX_WIDTH`].
-pub fn norms_backward(
+/// As [`columns`], or if rows are wider than [`MAX_NARROW`].
+pub(super) fn norms_backward(
     s: &Stream,
     t: Half,
-    [dshift, dscale]: [View; 2],
+    gradients: NormGradients,
     dx: View,
     dy: View,
     x: View,
     stats: View,
     scale: View,
-    stride: usize,
-    segments: usize,
-    rows: usize,
-    d: usize,
+    m: Modulated,
     accumulate: bool,
-    partials: View,
 ) -> Result<(), CudaError> {
-    multiples_of_8(&[d], "columns");
-    assert!(d <= MAX_WIDTH, "rows of {d} channels; {MAX_WIDTH} at most");
-    let sizes = Sizes {
-        segments,
-        rows,
-        columns: d,
-        outputs: 2,
-    };
-    let partials = sizes.partials(partials);
-    let args = Args::new()
-        .ptr(partials)
-        .ptr(sizes.rows(dx, "the input's gradient"))
-        .ptr(sizes.rows(dy, "the norm's gradient"))
-        .ptr(sizes.rows(x, "the norm's input"))
-        .ptr(vectors(stats, 2 * segments * rows, 4, "statistics"))
-        .ptr(sizes.modulation(scale, stride))
+    let Modulated {
+        tokens, d, stride, ..
+    } = m;
+    assert!(
+        d <= MAX_NARROW,
+        "rows of {d} channels; {MAX_NARROW} at most"
+    );
+    let parts = Parts::of_samples(gradients.partials, &m, 2);
+    let args = parts
+        .args()
+        .ptr(m.activation(dx, "the input's gradient"))
+        .ptr(m.activation(dy, "the norm's gradient"))
+        .ptr(m.activation(x, "the norm's input"))
+        .ptr(m.stats(stats))
+        .ptr(m.vector(scale, "scales"))
         .i32(stride)
         .i32(i32::from(accumulate))
-        .i32(rows)
+        .i32(tokens)
         .i32(d)
-        .i32(sizes.splits());
+        .i32(parts.splits);
     let width = vectors_of_a_lane(d);
     let launch = Launch {
-        grid: [blocks(segments * sizes.splits()), 1, 1],
+        grid: [blocks(parts.segments * parts.splits), 1, 1],
         // The widest form has half as many warps: its sums would not fit shared memory.
         block: [if width == 4 { THREADS / 2 } else { THREADS }, 1, 1],
         shared_bytes: 0,
@@ -381,13 +301,12 @@ pub fn norms_backward(
     let kernel = format!("norm_backward_sums_{width}");
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { s.launch(&SUMS, &[t.define()], &kernel, launch, args)? };
-    let outputs = [dshift, dscale];
-    sizes.finish(s, t, "finish_sums_half", outputs, stride, 2, partials, 2)
+    let outputs = [gradients.shift, gradients.scale];
+    parts.finish(s, t, HALF, &outputs, stride)
 }
 
-/// Going back through a gate: `dy = gate·dout`, the gate's gradient `Σ_tokens dout·y` of each sample (T, rows `stride`
-/// elements apart, as the gate's), and `bias = Σ dy` over everything (f32 `[d]`): the gradient of a bias that was added
-/// to `y`.
+/// Going back through a gate: `dy = gate·dout`, the gate's gradient `Σ_tokens dout·y` of each sample, and the bias's,
+/// `Σ dy` over everything.
 ///
 /// # Errors
 ///
@@ -396,50 +315,36 @@ pub fn norms_backward(
 /// # Panics
 ///
 /// As [`columns`].
-pub fn gate_backward(
+pub(super) fn gate_backward(
     s: &Stream,
     t: Half,
-    dgate: View,
-    bias: View,
+    gradients: GateGradients,
     dy: View,
     dout: View,
-    y: View,
     gate: View,
-    stride: usize,
-    segments: usize,
-    rows: usize,
-    d: usize,
-    partials: View,
+    m: Modulated,
 ) -> Result<(), CudaError> {
-    multiples_of_8(&[d], "columns");
-    let sizes = Sizes {
-        segments,
-        rows,
-        columns: d,
-        outputs: 2,
-    };
-    let partials = sizes.partials(partials);
-    let gate = sizes.modulation(gate, stride);
-    let args = Args::new()
-        .ptr(partials)
-        .ptr(sizes.rows(dy, "the update's gradient"))
-        .ptr(sizes.rows(dout, "the sum's gradient"))
-        .ptr(sizes.rows(y, "the update"))
+    let parts = Parts::of_samples(gradients.partials, &m, 2);
+    let gate = m.vector(gate, "gates");
+    let args = parts
+        .args()
+        .ptr(m.activation(dy, "the update's gradient"))
+        .ptr(m.activation(dout, "the sum's gradient"))
+        .ptr(m.activation(gradients.y, "the update"))
         .ptr(gate)
-        .i32(stride);
-    sizes.sum(s, t, "gate_backward_sums", args)?;
-    let outputs = [dgate; 2];
-    sizes.finish(s, t, "finish_sums_half", outputs, stride, 2, partials, 1)?;
+        .i32(m.stride);
+    parts.compute(s, t, "gate_backward_sums", args, m.tokens)?;
+    parts.finish(s, t, HALF, &[gradients.gate], m.stride)?;
     let args = Args::new()
-        .ptr(elements(bias, d, 4, "the bias's gradient"))
-        .ptr(partials)
+        .ptr(elements(gradients.bias, m.d, 4, "the bias's gradient"))
+        .ptr(parts.view)
         .ptr(gate)
-        .i32(stride)
-        .i32(segments)
-        .i32(sizes.splits())
-        .i32(d);
+        .i32(m.stride)
+        .i32(m.b)
+        .i32(parts.splits)
+        .i32(m.d);
     let launch = Launch {
-        grid: [blocks(d.div_ceil(FINISH_COLUMNS)), 1, 1],
+        grid: [blocks(m.d.div_ceil(FINISH_COLUMNS)), 1, 1],
         block: [FINISH_THREADS, 1, 1],
         shared_bytes: 0,
     };
@@ -468,29 +373,19 @@ pub fn gelu_backward(
     columns: usize,
     partials: View,
 ) -> Result<(), CudaError> {
-    multiples_of_8(
-        &[columns, dx_stride, dy_stride, x_stride],
-        "columns and strides",
-    );
-    let sizes = Sizes {
-        segments: 1,
-        rows,
-        columns,
-        outputs: 1,
-    };
-    let partials = sizes.partials(partials);
+    multiples_of_8(&[dx_stride, dy_stride, x_stride], "strides");
+    let parts = Parts::of(partials, [1, rows, columns], 1);
     let part = |view, stride, what| vectors(view, strided(rows, stride, columns), 2, what);
-    let args = Args::new()
-        .ptr(partials)
+    let args = parts
+        .args()
         .ptr(part(dx, dx_stride, "the gradient of GELU's input"))
         .ptr(part(dy, dy_stride, "the gradient of GELU"))
         .ptr(part(x, x_stride, "GELU's input"))
         .i32(dx_stride)
         .i32(dy_stride)
         .i32(x_stride);
-    sizes.sum(s, t, "gelu_backward_sums", args)?;
-    let outputs = [bias; 2];
-    sizes.finish(s, t, "finish_sums_f32", outputs, columns, 4, partials, 1)
+    parts.compute(s, t, "gelu_backward_sums", args, rows)?;
+    parts.finish(s, t, F32, &[bias], columns)
 }
 
 #[cfg(test)]

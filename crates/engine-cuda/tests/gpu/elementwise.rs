@@ -1,6 +1,7 @@
 //! Activations, sums, conversions and sinusoids against f64.
 
 use engine_cuda::ops::elementwise;
+use engine_cuda::ops::modulated::{self, Modulated};
 use engine_cuda::{Half, Stream};
 
 use crate::report::Report;
@@ -132,8 +133,14 @@ fn clip(bench: Bench<'_>, report: &mut Report) {
     let (gate, _) = bench.half(&[2.0; 8]);
     let out = bench.output(16);
     let (x, gate) = (x.view(), gate.view());
-    elementwise::gate_residual(bench.s, bench.t, out.view(), x, gate, 8, x, 1, 1, 8, true)
-        .expect("launch");
+    let m = Modulated {
+        b: 1,
+        tokens: 1,
+        d: 8,
+        stride: 8,
+        trained: false,
+    };
+    modulated::gate(bench.s, bench.t, out.view(), x, gate, x, m, true).expect("launch");
     let largest = bench.t.to_f32(&bench.t.from_f32(&[65_504.0]))[0];
     let expected = [f64::from(largest); 8];
     report.check(

@@ -2,8 +2,9 @@
 
 use engine_cuda::ops::average::{self, AverageConfig, Averaged, NUMBERS};
 use engine_cuda::ops::draw::{self, LatentSizes, Purpose, normals};
+use engine_cuda::ops::modulated::{self, GateGradients, Modulated, NormGradients};
 use engine_cuda::ops::rope::{self, HeadShape};
-use engine_cuda::ops::{elementwise, norm, rows, sums};
+use engine_cuda::ops::{elementwise, sums};
 use engine_cuda::{Half, Stream};
 
 use crate::report::Report;
@@ -100,6 +101,13 @@ fn column_sums(bench: Bench<'_>, rows: usize, columns: usize, stride: usize, rep
     report.check(&label, off, 1e-5);
 }
 
+/// Mean and `1/σ` of a row.
+fn statistics(x: &[f64]) -> [f64; 2] {
+    let mean = x.iter().sum::<f64>() / x.len() as f64;
+    let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / x.len() as f64;
+    [mean, (variance + f64::from(EPS)).sqrt().recip()]
+}
+
 fn modulation_sums(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let Bench { s, t } = bench;
     let (rows, stride) = (b * n, 3 * d);
@@ -108,52 +116,34 @@ fn modulation_sums(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report)
     let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
     let (modulation, _) = bench.half(&numbers(3, b * stride, 0.5));
     let (normed, stats) = (bench.output(2 * rows * d), bench.output(8 * rows));
-    let (shift, scale) = (modulation.view(), modulation.view().elements_from(d));
-    let (out, kept) = (normed.view(), Some(stats.view()));
-    norm::ln_modulate(
-        s,
-        t,
-        out,
-        kept,
-        x.view(),
-        shift,
-        scale,
-        stride,
-        rows,
-        n,
+    let vectors = [0, d].map(|at| modulation.view().elements_from(at));
+    let [x, dy] = [x.view(), dy.view()];
+    let m = Modulated {
+        b,
+        tokens: n,
         d,
-        EPS,
-    )
-    .expect("launch");
+        stride,
+        trained: true,
+    };
+    let (out, kept) = (normed.view(), stats.view());
+    modulated::norm(s, t, out, Some(kept), x, vectors, m, EPS).expect("launch");
     let sums_out = bench.output(2 * b * stride);
     let partials = bench.output(4 * sums::partials_len(b, n, d, 2));
     let [shift, scale, gate] = [0, d, 2 * d].map(|at| sums_out.view().elements_from(at));
-    let [x, dy] = [x.view(), dy.view()];
     let scratch = partials.view();
-    sums::norms(
-        s,
-        t,
+    let gradients = NormGradients {
         shift,
         scale,
-        stride,
-        dy,
-        x,
-        stats.view(),
-        b,
-        n,
-        d,
-        scratch,
-    )
-    .expect("launch");
-    sums::products(s, t, gate, stride, dy, x, b, n, d, scratch).expect("launch");
+        partials: scratch,
+    };
+    sums::norms(s, t, gradients, dy, x, kept, m).expect("launch");
+    sums::products(s, t, gate, dy, x, scratch, m).expect("launch");
     bench.read::<f32>(&partials);
     let found = bench.read_half(&sums_out);
     let mut expected = vec![0.0; b * stride];
     for row in 0..rows {
         let x = &x_values[row * d..][..d];
-        let mean = x.iter().sum::<f64>() / d as f64;
-        let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / d as f64;
-        let r = (variance + f64::from(EPS)).sqrt().recip();
+        let [mean, r] = statistics(x);
         for i in 0..d {
             let (at, g) = (row / n * stride + i, dy_values[row * d + i]);
             expected[at] += g;
@@ -177,13 +167,20 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let Bench { s, t } = bench;
     let (rows, stride) = (b * n, 3 * d);
     let label = format!("{} {b}x{n}x{d}", name(t));
-    let (x, _) = bench.half(&numbers(1, rows * d, 1.5));
+    let (x, x_values) = bench.half(&numbers(1, rows * d, 1.5));
     let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
     let (y, _) = bench.half(&numbers(3, rows * d, 1.0));
     let (before, _) = bench.half(&numbers(4, rows * d, 1.0));
-    let (modulation, m) = bench.half(&numbers(5, b * stride, 0.5));
+    let (modulation, modulation_values) = bench.half(&numbers(5, b * stride, 0.5));
     let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().elements_from(at));
     let [x, dy, y] = [x.view(), dy.view(), y.view()];
+    let m = Modulated {
+        b,
+        tokens: n,
+        d,
+        stride,
+        trained: true,
+    };
     let half = || bench.output(2 * rows * d);
     let partials = bench.output(4 * sums::partials_len(b, n, d, 2));
     let scratch = partials.view();
@@ -192,37 +189,29 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
         report.check(&format!("narrow {what} {label}"), off, bound);
     };
 
-    let (outs, stats) = (
-        [half(), half()],
-        [bench.output(8 * rows), bench.output(8 * rows)],
-    );
+    let (outs, stats) = ([half(), half()], bench.output(8 * rows));
     let [out, plain] = outs.each_ref().map(|out| out.view());
-    let [kept, plain_stats] = stats.each_ref().map(|stats| stats.view());
-    rows::norm_rows(s, t, out, kept, x, shift, scale, stride, rows, n, d, EPS).expect("launch");
-    norm::ln_modulate(
-        s,
-        t,
-        plain,
-        Some(plain_stats),
-        x,
-        shift,
-        scale,
-        stride,
-        rows,
-        n,
-        d,
-        EPS,
-    )
-    .expect("launch");
+    let (kept, vectors) = (stats.view(), [shift, scale]);
+    modulated::norm(s, t, out, Some(kept), x, vectors, m, EPS).expect("launch");
+    modulated::norm(s, t, plain, None, x, vectors, m, EPS).expect("launch");
     let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
     same("norm", &found, &expected, rounding(t));
-    let [found, expected] = stats.each_ref().map(|stats| bench.read_f32(stats));
-    same("norm's statistics", &found, &expected, 1e-5);
+    let expected: Vec<f64> = x_values.chunks_exact(d).flat_map(statistics).collect();
+    same(
+        "norm's statistics",
+        &bench.read_f32(&stats),
+        &expected,
+        1e-5,
+    );
 
     let outs = [half(), half()];
     let [out, plain] = outs.each_ref().map(|out| out.view());
-    rows::gate_rows(s, t, out, x, gate, stride, y, rows, n, d, false).expect("launch");
-    elementwise::gate_residual(s, t, plain, x, gate, stride, y, rows, n, d, false).expect("launch");
+    modulated::gate(s, t, out, x, gate, y, m, false).expect("launch");
+    let frozen = Modulated {
+        trained: false,
+        ..m
+    };
+    modulated::gate(s, t, plain, x, gate, y, frozen, false).expect("launch");
     let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
     same("gate", &found, &expected, rounding(t));
 
@@ -231,20 +220,17 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
         let outs = [(); 2].map(|()| bench.upload(&bench.read::<u16>(&before)));
         let [dx, plain] = outs.each_ref().map(|out| out.view());
         let modulations = [wide(), wide()];
-        let [found, expected] = modulations
-            .each_ref()
-            .map(|out| [0, d].map(|at| out.view().elements_from(at)));
-        sums::norms_backward(
-            s, t, found, dx, dy, x, kept, scale, stride, b, n, d, accumulate, scratch,
-        )
-        .expect("launch");
-        let stats = Some(kept);
-        norm::ln_modulate_backward(
-            s, t, plain, dy, x, stats, scale, stride, rows, n, d, EPS, accumulate,
-        )
-        .expect("launch");
-        let [shift, scale] = expected;
-        sums::norms(s, t, shift, scale, stride, dy, x, kept, b, n, d, scratch).expect("launch");
+        let [found, expected] = modulations.each_ref().map(|out| NormGradients {
+            shift: out.view(),
+            scale: out.view().elements_from(d),
+            partials: scratch,
+        });
+        for (dx, gradients) in [(dx, Some(found)), (plain, None)] {
+            let of = (x, Some(kept));
+            modulated::norm_backward(s, t, dx, dy, of, scale, gradients, m, EPS, accumulate)
+                .expect("launch");
+        }
+        sums::norms(s, t, expected, dy, x, kept, m).expect("launch");
         let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
         same("norm going back", &found, &expected, rounding(t));
         let [found, expected] = modulations.each_ref().map(|out| {
@@ -262,11 +248,15 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let [found, expected] = modulations
         .each_ref()
         .map(|out| out.view().elements_from(2 * d));
-    let sum = bias.view();
-    sums::gate_backward(s, t, found, sum, out, dy, y, gate, stride, b, n, d, scratch)
-        .expect("launch");
-    elementwise::gate_backward(s, t, plain, dy, gate, stride, rows, n, d).expect("launch");
-    sums::products(s, t, expected, stride, dy, y, b, n, d, scratch).expect("launch");
+    let gradients = GateGradients {
+        gate: found,
+        bias: bias.view(),
+        y,
+        partials: scratch,
+    };
+    modulated::gate_backward(s, t, out, dy, gate, Some(gradients), m).expect("launch");
+    modulated::gate_backward(s, t, plain, dy, gate, None, m).expect("launch");
+    sums::products(s, t, expected, dy, y, scratch, m).expect("launch");
     bench.read::<f32>(&partials);
     let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
     same("gate going back", &found, &expected, rounding(t));
@@ -280,7 +270,7 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let mut expected = vec![0.0; d];
     for row in 0..rows {
         for i in 0..d {
-            expected[i] += m[row / n * stride + 2 * d + i] * dy_values[row * d + i];
+            expected[i] += modulation_values[row / n * stride + 2 * d + i] * dy_values[row * d + i];
         }
     }
     same(

@@ -1,6 +1,6 @@
 //! Modulated layer norm and gates: values and gradients against f64, fused forms against separate ones bit for bit.
 
-use engine_cuda::ops::{elementwise, norm};
+use engine_cuda::ops::modulated::{self, Modulated};
 use engine_cuda::{Half, Stream};
 
 use crate::report::Report;
@@ -49,9 +49,16 @@ fn one(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
     let (y, y_values) = bench.half(&numbers(3, rows * d, 1.0));
     let (before, before_values) = bench.half(&numbers(4, rows * d, 1.0));
-    let (modulation, m) = bench.half(&numbers(5, b * stride, 0.5));
+    let (modulation, modulation_values) = bench.half(&numbers(5, b * stride, 0.5));
     let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().elements_from(at));
-    let vector = |row: usize, at: usize| &m[row / n * stride + at..][..d];
+    let m = Modulated {
+        b,
+        tokens: n,
+        d,
+        stride,
+        trained: false,
+    };
+    let vector = |row: usize, at: usize| &modulation_values[row / n * stride + at..][..d];
 
     let (mut value, mut gradient, mut sum) = (Vec::new(), Vec::new(), Vec::new());
     for row in 0..rows {
@@ -72,24 +79,15 @@ fn one(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     }
 
     let half = || bench.output(2 * rows * d);
-    let (out, stats) = (half(), bench.output(8 * rows));
-    norm::ln_modulate(
-        s,
-        t,
-        out.view(),
-        Some(stats.view()),
-        x.view(),
-        shift,
-        scale,
-        stride,
-        rows,
-        n,
-        d,
-        EPS,
-    )
-    .expect("launch");
-    let error = distance(&bench.read_half(&out), &value);
-    report.check(&format!("ln_modulate {label}"), error, rounding(t));
+    let stats = bench.output(8 * rows);
+    let vectors = [shift, scale];
+    // Rows of any width have the wide form where statistics are not kept, and narrow rows another where they are.
+    for stats in [None, Some(stats.view())] {
+        let out = half();
+        modulated::norm(s, t, out.view(), stats, x.view(), vectors, m, EPS).expect("launch");
+        let error = distance(&bench.read_half(&out), &value);
+        report.check(&format!("norm {label}"), error, rounding(t));
+    }
 
     let added: Vec<f64> = gradient
         .iter()
@@ -104,29 +102,15 @@ fn one(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     ] {
         s.upload(dx.view(), &bench.read::<u16>(&before))
             .expect("upload");
-        norm::ln_modulate_backward(
-            s,
-            t,
-            dx.view(),
-            dy.view(),
-            x.view(),
-            stats,
-            scale,
-            stride,
-            rows,
-            n,
-            d,
-            EPS,
-            accumulate,
-        )
-        .expect("launch");
+        let (to, from, of) = (dx.view(), dy.view(), (x.view(), stats));
+        modulated::norm_backward(s, t, to, from, of, scale, None, m, EPS, accumulate)
+            .expect("launch");
         let error = distance(&bench.read_half(&dx), expected);
-        report.check(&format!("ln_modulate_backward {label}"), error, rounding(t));
+        report.check(&format!("norm_backward {label}"), error, rounding(t));
     }
 
     let gated = half();
-    let (to, from) = (gated.view(), dy.view());
-    elementwise::gate_backward(s, t, to, from, gate, stride, rows, n, d).expect("launch");
+    modulated::gate_backward(s, t, gated.view(), dy.view(), gate, None, m).expect("launch");
     let expected: Vec<f64> = (0..rows * d)
         .map(|i| vector(i / d, 2 * d)[i % d] * dy_values[i])
         .collect();
@@ -135,56 +119,13 @@ fn one(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
 
     let bits = |buffer| bench.read::<u16>(buffer);
     let (separate, normed, fused_sum, fused) = (half(), half(), half(), half());
-    elementwise::gate_residual(
-        s,
-        t,
-        separate.view(),
-        x.view(),
-        gate,
-        stride,
-        y.view(),
-        rows,
-        n,
-        d,
-        false,
-    )
-    .expect("launch");
+    let [x, y, sum_view] = [&x, &y, &separate].map(|buffer| buffer.view());
+    modulated::gate(s, t, sum_view, x, gate, y, m, false).expect("launch");
     let error = distance(&bench.read_half(&separate), &sum);
-    report.check(&format!("gate_residual {label}"), error, rounding(t));
-    norm::ln_modulate(
-        s,
-        t,
-        normed.view(),
-        None,
-        separate.view(),
-        shift,
-        scale,
-        stride,
-        rows,
-        n,
-        d,
-        EPS,
-    )
-    .expect("launch");
-    norm::gate_residual_ln_modulate(
-        s,
-        t,
-        fused_sum.view(),
-        fused.view(),
-        None,
-        x.view(),
-        gate,
-        y.view(),
-        shift,
-        scale,
-        stride,
-        rows,
-        n,
-        d,
-        EPS,
-        false,
-    )
-    .expect("launch");
+    report.check(&format!("gate {label}"), error, rounding(t));
+    modulated::norm(s, t, normed.view(), None, sum_view, vectors, m, EPS).expect("launch");
+    let outputs = [fused_sum.view(), fused.view()];
+    modulated::gate_and_norm(s, t, outputs, None, x, gate, y, vectors, m, EPS).expect("launch");
     let apart =
         differing(&bits(&fused_sum), &bits(&separate)) + differing(&bits(&fused), &bits(&normed));
     report.check(&format!("fused gate and norm {label}"), apart, 0.0);
