@@ -1,6 +1,6 @@
 // Sums over rows, for the gradients of biases and of modulation vectors; see crates/engine-cuda/src/ops/sums.rs.
 //
-//     columns:  Σ x          products:  Σ a·b          norms:  Σ dy  and  Σ dy·(x − μ)/σ
+//     columns:  Σ x          norms:  Σ dy  and  Σ dy·(x − μ)/σ
 //
 // Where a pass over the same rows is due anyway (gate, GELU, norm going back), the sums are taken in it.
 //
@@ -51,15 +51,6 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
         const Vec8 e = load8(x + row * stride, vector);
 #pragma unroll
         for (int j = 0; j < 8; ++j) sums[0].v[j] += e.v[j];
-    });
-}
-
-extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-    product_sums(float* partials, const T* a, const T* b, int rows, int columns, int splits) {
-    partial_sums<1>(partials, rows, columns, splits, [&](long long row, int vector, Vec8* sums) {
-        const Vec8 e = load8(a + row * columns, vector), u = load8(b + row * columns, vector);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums[0].v[j] = fmaf(e.v[j], u.v[j], sums[0].v[j]);
     });
 }
 

@@ -286,7 +286,7 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
                 dx.set(i, dy.get(i) * slope);
             }
         }
-        "column_sums" | "product_sums" | "norm_sums" => sums(&mut r, kernel, rows),
+        "column_sums" | "norm_sums" => sums(&mut r, kernel, rows),
         "finish_sums_half" | "finish_sums_f32" => {
             let (out, partials) = ([r.word(), r.word()], r.floats());
             let (splits, columns) = (r.int(), r.int());

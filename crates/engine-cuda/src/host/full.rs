@@ -10,28 +10,23 @@ pub(super) fn u32_at(address: u64, i: usize) -> u32 {
 pub(super) fn sums(r: &mut Reader<'_>, kernel: &str, blocks: usize) {
     let partials = r.floats();
     let a = r.t();
-    let (b, stats, stride) = match kernel {
-        "column_sums" => (None, None, Some(r.int())),
-        "product_sums" => (Some(r.t()), None, None),
-        _ => (Some(r.t()), Some(r.floats()), None),
+    let (of_a_norm, stride) = match kernel {
+        "column_sums" => (None, Some(r.int())),
+        _ => (Some((r.t(), r.floats())), None),
     };
     let (rows, columns, splits) = (r.int(), r.int(), r.int());
     let stride = stride.unwrap_or(columns);
-    let outputs = 1 + usize::from(stats.is_some());
+    let outputs = 1 + usize::from(of_a_norm.is_some());
     for (block, column) in (0..blocks).flat_map(|b| (0..columns).map(move |c| (b, c))) {
         let (segment, split) = (block / splits, block % splits);
         let mut totals = [0.0; 2];
         for row in rows * split / splits..rows * (split + 1) / splits {
             let row = segment * rows + row;
             let x = a.get(row * stride + column);
-            match (b, stats) {
-                (Some(b), Some(stats)) => {
-                    let centred = b.get(row * stride + column) - stats.get(2 * row);
-                    totals[0] += x;
-                    totals[1] += x * centred * stats.get(2 * row + 1);
-                }
-                (Some(b), None) => totals[0] += x * b.get(row * stride + column),
-                _ => totals[0] += x,
+            totals[0] += x;
+            if let Some((b, stats)) = of_a_norm {
+                let centred = b.get(row * stride + column) - stats.get(2 * row);
+                totals[1] += x * centred * stats.get(2 * row + 1);
             }
         }
         for (o, total) in totals.into_iter().enumerate().take(outputs) {

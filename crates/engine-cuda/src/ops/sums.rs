@@ -192,33 +192,6 @@ pub fn columns(
     parts.finish(s, t, F32, &[out], columns)
 }
 
-/// `out = Σ_tokens a·b` for each sample: activations → a vector of T each, as the modulation's.
-///
-/// # Errors
-///
-/// If a launch fails.
-///
-/// # Panics
-///
-/// As [`columns`].
-pub fn products(
-    s: &Stream,
-    t: Half,
-    out: View,
-    a: View,
-    b: View,
-    partials: View,
-    m: Modulated,
-) -> Result<(), CudaError> {
-    let parts = Parts::of_samples(partials, &m, 1);
-    let args = parts
-        .args()
-        .ptr(m.activation(a, "a factor"))
-        .ptr(m.activation(b, "a factor"));
-    parts.compute(s, t, "product_sums", args, m.tokens)?;
-    parts.finish(s, t, HALF, &[out], m.stride)
-}
-
 /// Gradients of a modulated norm's shift, `Σ_tokens dy`, and scale, `Σ_tokens dy·(x − μ)/σ`, for each sample. `stats`
 /// are the norm's.
 ///

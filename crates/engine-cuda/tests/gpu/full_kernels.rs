@@ -129,15 +129,13 @@ fn modulation_sums(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report)
     modulated::norm(s, t, out, Some(kept), x, vectors, m, EPS).expect("launch");
     let sums_out = bench.output(2 * b * stride);
     let partials = bench.output(4 * sums::partials_len(b, n, d, 2));
-    let [shift, scale, gate] = [0, d, 2 * d].map(|at| sums_out.view().elements_from(at));
-    let scratch = partials.view();
+    let [shift, scale] = [0, d].map(|at| sums_out.view().elements_from(at));
     let gradients = NormGradients {
         shift,
         scale,
-        partials: scratch,
+        partials: partials.view(),
     };
     sums::norms(s, t, gradients, dy, x, kept, m).expect("launch");
-    sums::products(s, t, gate, dy, x, scratch, m).expect("launch");
     bench.read::<f32>(&partials);
     let found = bench.read_half(&sums_out);
     let mut expected = vec![0.0; b * stride];
@@ -148,10 +146,9 @@ fn modulation_sums(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report)
             let (at, g) = (row / n * stride + i, dy_values[row * d + i]);
             expected[at] += g;
             expected[at + d] += g * (x[i] - mean) * r;
-            expected[at + 2 * d] += g * x[i];
         }
     }
-    for (what, first) in [("shift", 0), ("scale", d), ("gate", 2 * d)] {
+    for (what, first) in [("shift", 0), ("scale", d)] {
         let part = |values: &[f64]| -> Vec<f64> {
             let rows = values.chunks_exact(stride);
             rows.flat_map(|row| row[first..first + d].to_vec())
@@ -169,7 +166,7 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let label = format!("{} {b}x{n}x{d}", name(t));
     let (x, x_values) = bench.half(&numbers(1, rows * d, 1.5));
     let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
-    let (y, _) = bench.half(&numbers(3, rows * d, 1.0));
+    let (y, y_values) = bench.half(&numbers(3, rows * d, 1.0));
     let (before, _) = bench.half(&numbers(4, rows * d, 1.0));
     let (modulation, modulation_values) = bench.half(&numbers(5, b * stride, 0.5));
     let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().elements_from(at));
@@ -244,41 +241,33 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
 
     let outs = [half(), half()];
     let [out, plain] = outs.each_ref().map(|out| out.view());
-    let (modulations, bias) = ([wide(), wide()], bench.output(4 * d));
-    let [found, expected] = modulations
-        .each_ref()
-        .map(|out| out.view().elements_from(2 * d));
+    let (gates, bias) = (wide(), bench.output(4 * d));
     let gradients = GateGradients {
-        gate: found,
+        gate: gates.view().elements_from(2 * d),
         bias: bias.view(),
         y,
         partials: scratch,
     };
     modulated::gate_backward(s, t, out, dy, gate, Some(gradients), m).expect("launch");
     modulated::gate_backward(s, t, plain, dy, gate, None, m).expect("launch");
-    sums::products(s, t, expected, dy, y, scratch, m).expect("launch");
     bench.read::<f32>(&partials);
     let [found, expected] = outs.each_ref().map(|out| bench.read_half(out));
     same("gate going back", &found, &expected, rounding(t));
-    let [found, expected] = modulations.each_ref().map(|out| {
-        let values = bench.read_half(out);
-        let rows = values.chunks_exact(stride);
-        rows.flat_map(|row| row[2 * d..].to_vec())
-            .collect::<Vec<f64>>()
-    });
-    same("gate's gradient", &found, &expected, rounding(t));
-    let mut expected = vec![0.0; d];
+    let (mut of_gates, mut of_bias) = (vec![0.0; b * d], vec![0.0; d]);
     for row in 0..rows {
         for i in 0..d {
-            expected[i] += modulation_values[row / n * stride + 2 * d + i] * dy_values[row * d + i];
+            let g = dy_values[row * d + i];
+            of_gates[row / n * d + i] += g * y_values[row * d + i];
+            of_bias[i] += modulation_values[row / n * stride + 2 * d + i] * g;
         }
     }
-    same(
-        "bias behind a gate",
-        &bench.read_f32(&bias),
-        &expected,
-        1e-5,
-    );
+    let found: Vec<f64> = bench
+        .read_half(&gates)
+        .chunks_exact(stride)
+        .flat_map(|row| row[2 * d..].to_vec())
+        .collect();
+    same("gate's gradient", &found, &of_gates, rounding(t));
+    same("bias behind a gate", &bench.read_f32(&bias), &of_bias, 1e-5);
 }
 
 fn gelu_sums(bench: Bench<'_>, rows: usize, columns: usize, report: &mut Report) {
