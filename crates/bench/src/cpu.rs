@@ -22,7 +22,7 @@ use lora::LoraModule;
 use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
 use pipeline::Failure;
 use quant::{AdamWConfig, OptimizerKind};
-use random_base::{Part, Preset, initial_values};
+use random_base::{Part, initial_values};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tensor::device::{cpu, training};
@@ -158,7 +158,7 @@ fn tell(document: &Value) {
 }
 
 fn measure(bench: &CpuBench) -> Result<Value, BenchError> {
-    let model = Model::new()?;
+    let model = Model::new();
     let mut names = vec![EngineName::Cpu];
     if bench.portable {
         names.push(EngineName::Portable);
@@ -237,17 +237,14 @@ struct Model {
 }
 
 impl Model {
-    fn new() -> Result<Self, BenchError> {
-        let dir = tempfile::tempdir()?;
-        let path = dir.path().join("config.json");
-        fs_err::write(&path, Preset::Small.transformer().to_string())?;
-        let config = MmditConfig::from_file(&path)?;
+    fn new() -> Self {
+        let config = MmditConfig::small();
         let parameters = config.parameters().into_iter();
         let weights = Weights::from_values(parameters.map(|spec| {
             let values = initial_values(Part::Transformer, &spec, 0);
             (spec, values)
         }));
-        Ok(Self { config, weights })
+        Self { config, weights }
     }
 
     fn portable(&self, device: Device) -> Result<Mmdit, mmdit::MmditError> {

@@ -20,9 +20,16 @@
 //! `unsafe` stands in three places: calls of the driver's C functions ([`device`], [`stream`] and its handles, [`kernels`], [`gemm`]), launches in
 //! [`ops`] (whose wrappers assert the sizes of all views first), and nowhere else.
 
+// The name by which files that unit tests share with tests on a card call the crate.
+#[cfg(test)]
+extern crate self as engine_cuda;
+
 pub mod arena;
 pub mod device;
 pub mod error;
+#[cfg(test)]
+#[path = "../tests/gpu/full_setting.rs"]
+mod full_setting;
 pub mod gemm;
 pub mod half_type;
 mod handles;
@@ -33,6 +40,9 @@ mod libraries;
 pub mod measure;
 pub mod meter;
 pub mod model;
+#[cfg(test)]
+#[path = "../tests/gpu/networks.rs"]
+mod networks;
 pub mod ops;
 pub mod plan;
 pub mod stream;

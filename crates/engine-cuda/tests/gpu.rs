@@ -19,10 +19,14 @@ mod fixtures;
 mod full;
 #[path = "gpu/full_kernels.rs"]
 mod full_kernels;
+#[path = "gpu/full_setting.rs"]
+mod full_setting;
 #[path = "gpu/loss.rs"]
 mod loss;
 #[path = "gpu/network.rs"]
 mod network;
+#[path = "gpu/networks.rs"]
+mod networks;
 #[path = "gpu/nf4.rs"]
 mod nf4;
 #[path = "gpu/norm.rs"]

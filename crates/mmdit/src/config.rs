@@ -122,6 +122,23 @@ impl MmditConfig {
         }
     }
 
+    /// The base that ships, as `configs/pretrain-small.toml` trains it: 4 heads of 64, no guidance.
+    pub fn small() -> Self {
+        Self {
+            num_layers: 2,
+            num_single_layers: 3,
+            num_attention_heads: 4,
+            attention_head_dim: 64,
+            axes_dims_rope: [16, 24, 24],
+            joint_attention_dim: 64,
+            pooled_projection_dim: 32,
+            guidance_embeds: false,
+            in_channels: 64,
+            out_channels: 64,
+            patch_size: 1,
+        }
+    }
+
     /// A model for tests: every part is there, nothing is wide.
     pub fn tiny() -> Self {
         Self {

@@ -215,9 +215,8 @@ impl Latents {
 /// Every version of every pair, as latents and as ids.
 pub(crate) struct Examples {
     pub latents: Latents,
+    /// A caption for each picture, and one of no words last.
     pub captions: Vec<CaptionIds>,
-    /// No words.
-    pub empty: CaptionIds,
     num_pairs: usize,
     versions: usize,
     /// Share of draws that are pictures as they are.
@@ -228,8 +227,8 @@ pub(crate) struct Examples {
 pub(crate) struct Drawn {
     /// Places of the pictures in [`Examples::latents`].
     pub pictures: Vec<usize>,
-    /// Places of their captions; `None` where the caption is dropped.
-    pub captions: Vec<Option<usize>>,
+    /// Places in [`Examples::captions`]: the picture's own, or the last where the caption is dropped.
+    pub captions: Vec<usize>,
     /// Noise levels.
     pub sigmas: Vec<f32>,
 }
@@ -253,13 +252,14 @@ impl Examples {
             let picture = &corpus.pictures[pair.picture];
             variant(picture, &pair.caption, place, number, seed)
         };
+        let mut captions = (0..num)
+            .into_par_iter()
+            .map(|index| tokenizers.ids(&version(index).1))
+            .collect::<Result<Vec<_>, _>>()?;
+        captions.push(tokenizers.ids("")?);
         let examples = Self {
             latents: Latents::encode(vae, num, &run.device, |index| version(index).0),
-            captions: (0..num)
-                .into_par_iter()
-                .map(|index| tokenizers.ids(&version(index).1))
-                .collect::<Result<_, _>>()?,
-            empty: tokenizers.ids("")?,
+            captions,
             num_pairs: corpus.pairs.len(),
             versions,
             original_share,
@@ -288,9 +288,13 @@ impl Examples {
                 pair * self.versions + number
             })
             .collect();
+        let empty = self.captions.len() - 1;
         let captions = pictures
             .iter()
-            .map(|&place| (f64::from(stream.uniform()) >= recipe.caption_dropout).then_some(place))
+            .map(|&place| {
+                let is_dropped = f64::from(stream.uniform()) < recipe.caption_dropout;
+                if is_dropped { empty } else { place }
+            })
             .collect();
         Drawn {
             pictures,
@@ -343,9 +347,7 @@ pub(crate) fn train(
             let step = state.step;
             let drawn = examples.draw(run, Phase::Base, step, optimizer.batch);
             let captions = drawn.captions.iter();
-            let ids: Vec<&CaptionIds> = captions
-                .map(|place| place.map_or(&examples.empty, |place| &examples.captions[place]))
-                .collect();
+            let ids: Vec<&CaptionIds> = captions.map(|&place| &examples.captions[place]).collect();
             Backend::seed(&run.device, seed ^ (step << 8) ^ 1);
             let (noisy, target) = examples.noised(&drawn, vae.config(), &run.device);
             clock.did(HostWork::Draw);

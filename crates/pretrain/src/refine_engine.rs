@@ -24,8 +24,6 @@ pub(crate) struct OnEngine<'a> {
     run: &'a Run<'a>,
     trainer: FullTrainer,
     examples: Examples,
-    /// The row of each caption's texts; none has the last.
-    num_captions: usize,
 }
 
 impl<'a> OnEngine<'a> {
@@ -78,7 +76,6 @@ impl<'a> OnEngine<'a> {
             run,
             trainer,
             examples,
-            num_captions: num_texts - 1,
         };
         let length = training.trainer.state()?.values.len();
         let checkpoint = run.checkpoint(Phase::Refine);
@@ -112,16 +109,8 @@ impl Training for OnEngine<'_> {
         let drawn = self
             .examples
             .draw(self.run, Phase::Refine, step, optimizer.batch);
-        let rows = |places: &mut dyn Iterator<Item = usize>| -> Vec<u32> {
-            places.map(|place| place as u32).collect()
-        };
-        let pictures = rows(&mut drawn.pictures.iter().copied());
-        let texts = rows(
-            &mut drawn
-                .captions
-                .iter()
-                .map(|c| c.unwrap_or(self.num_captions)),
-        );
+        let [pictures, texts] = [&drawn.pictures, &drawn.captions]
+            .map(|places| places.iter().map(|&place| place as u32).collect::<Vec<_>>());
         clock.did(HostWork::Draw);
         let seed = self.run.recipe.seed ^ (step << 8) ^ 4;
         let learning_rate = optimizer.learning_rate_at(step);

@@ -27,7 +27,7 @@ use crate::vae_phase::gather;
 /// Captions that the text encoders read at once.
 const ENCODE: usize = 256;
 
-/// States of every caption, and of none in the last row.
+/// States of [`Examples::captions`], row by row.
 pub(crate) struct Texts {
     /// `(rows, n·d)`.
     pub states: Tensor<2>,
@@ -38,7 +38,7 @@ pub(crate) struct Texts {
 
 impl Texts {
     fn encode(models: &Models, examples: &Examples) -> Self {
-        let all: Vec<&CaptionIds> = examples.captions.iter().chain([&examples.empty]).collect();
+        let all: Vec<&CaptionIds> = examples.captions.iter().collect();
         let mut num_tokens = 0;
         let (mut states, mut pooled) = (Vec::new(), Vec::new());
         for chunk in all.chunks(ENCODE) {
@@ -55,18 +55,9 @@ impl Texts {
         }
     }
 
-    /// The row of a caption, or of none.
-    pub(crate) fn row(&self, caption: Option<usize>) -> usize {
-        let [rows, _] = self.states.dims();
-        caption.unwrap_or(rows - 1)
-    }
-
     /// States `(b, n, d)` and pooled states `(b, d)`.
-    fn rows(&self, captions: &[Option<usize>]) -> (Tensor<3>, Tensor<2>) {
-        let places: Vec<i32> = captions
-            .iter()
-            .map(|&caption| self.row(caption) as i32)
-            .collect();
+    fn rows(&self, captions: &[usize]) -> (Tensor<3>, Tensor<2>) {
+        let places: Vec<i32> = captions.iter().map(|&place| place as i32).collect();
         let [_, width] = self.states.dims();
         let shape = [captions.len(), self.num_tokens, width / self.num_tokens];
         let states = gather(&self.states, places.clone()).reshape(shape);

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use mmdit::MmditConfig;
 use serde_json::{Value, json};
 
 /// The diffusers release whose files these are modelled on.
@@ -32,18 +33,11 @@ pub enum Preset {
 
 /// What a preset decides; everything else is the same in all of them.
 struct Sizes {
-    /// Heads of the transformer, of 32 channels each unless `axes` says otherwise.
-    heads: usize,
-    axes: [usize; 3],
-    double_blocks: usize,
-    single_blocks: usize,
-    guidance: bool,
+    /// Widths of the text encoders and channels of a latent follow from what it takes.
+    transformer: MmditConfig,
     vae_channels: &'static [usize],
     vae_attention: bool,
-    latent_channels: usize,
-    clip_width: usize,
     clip_layers: usize,
-    t5_width: usize,
     t5_inner: usize,
     t5_heads: usize,
     t5_layers: usize,
@@ -81,49 +75,46 @@ impl Preset {
     fn sizes(self) -> Sizes {
         match self {
             Self::Demo => Sizes {
-                heads: 3,
-                axes: [8, 12, 12],
-                double_blocks: 2,
-                single_blocks: 3,
-                guidance: true,
+                transformer: MmditConfig {
+                    num_attention_heads: 3,
+                    attention_head_dim: 32,
+                    axes_dims_rope: [8, 12, 12],
+                    joint_attention_dim: 32,
+                    guidance_embeds: true,
+                    ..MmditConfig::small()
+                },
                 vae_channels: &[16, 16, 24, 24],
                 vae_attention: true,
-                latent_channels: 16,
-                clip_width: 32,
                 clip_layers: 2,
-                t5_width: 32,
                 t5_inner: 64,
                 t5_heads: 2,
                 t5_layers: 2,
             },
             Self::Small => Sizes {
-                heads: 4,
-                axes: [16, 24, 24],
-                double_blocks: 2,
-                single_blocks: 3,
-                guidance: false,
+                transformer: MmditConfig::small(),
                 vae_channels: &[32, 64, 96],
                 vae_attention: false,
-                latent_channels: 16,
-                clip_width: 32,
                 clip_layers: 2,
-                t5_width: 64,
                 t5_inner: 256,
                 t5_heads: 4,
                 t5_layers: 3,
             },
             Self::Tiny => Sizes {
-                heads: 2,
-                axes: [4, 6, 6],
-                double_blocks: 1,
-                single_blocks: 1,
-                guidance: false,
+                transformer: MmditConfig {
+                    num_layers: 1,
+                    num_single_layers: 1,
+                    num_attention_heads: 2,
+                    attention_head_dim: 16,
+                    axes_dims_rope: [4, 6, 6],
+                    joint_attention_dim: 4,
+                    pooled_projection_dim: 4,
+                    in_channels: 16,
+                    out_channels: 16,
+                    ..MmditConfig::small()
+                },
                 vae_channels: &[8, 8, 8],
                 vae_attention: false,
-                latent_channels: 4,
-                clip_width: 4,
                 clip_layers: 1,
-                t5_width: 4,
                 t5_inner: 8,
                 t5_heads: 1,
                 t5_layers: 1,
@@ -133,21 +124,21 @@ impl Preset {
 
     /// `transformer/config.json`.
     pub fn transformer(self) -> Value {
-        let sizes = self.sizes();
+        let config = self.sizes().transformer;
         json!({
             "_class_name": "FluxTransformer2DModel",
             "_diffusers_version": DIFFUSERS_VERSION,
-            "attention_head_dim": sizes.axes.iter().sum::<usize>(),
-            "axes_dims_rope": sizes.axes,
-            "guidance_embeds": sizes.guidance,
-            "in_channels": 4 * sizes.latent_channels,
-            "joint_attention_dim": sizes.t5_width,
-            "num_attention_heads": sizes.heads,
-            "num_layers": sizes.double_blocks,
-            "num_single_layers": sizes.single_blocks,
+            "attention_head_dim": config.attention_head_dim,
+            "axes_dims_rope": config.axes_dims_rope,
+            "guidance_embeds": config.guidance_embeds,
+            "in_channels": config.in_channels,
+            "joint_attention_dim": config.joint_attention_dim,
+            "num_attention_heads": config.num_attention_heads,
+            "num_layers": config.num_layers,
+            "num_single_layers": config.num_single_layers,
             "out_channels": null,
-            "patch_size": 1,
-            "pooled_projection_dim": sizes.clip_width
+            "patch_size": config.patch_size,
+            "pooled_projection_dim": config.pooled_projection_dim
         })
     }
 
@@ -162,7 +153,7 @@ impl Preset {
             "down_block_types": vec!["DownEncoderBlock2D"; sizes.vae_channels.len()],
             "force_upcast": true,
             "in_channels": 3,
-            "latent_channels": sizes.latent_channels,
+            "latent_channels": sizes.transformer.in_channels / 4,
             "latents_mean": null,
             "latents_std": null,
             "layers_per_block": 1,
@@ -181,6 +172,7 @@ impl Preset {
     /// `text_encoder/config.json`: CLIP.
     pub fn text_encoder(self) -> Value {
         let sizes = self.sizes();
+        let width = sizes.transformer.pooled_projection_dim;
         json!({
             "architectures": ["CLIPTextModel"],
             "attention_dropout": 0.0,
@@ -189,17 +181,17 @@ impl Preset {
             // Upstream's marker for "the closing token is the one with the highest id", as FLUX.1 has it.
             "eos_token_id": 2,
             "hidden_act": "quick_gelu",
-            "hidden_size": sizes.clip_width,
+            "hidden_size": width,
             "initializer_factor": 1.0,
             "initializer_range": 0.02,
-            "intermediate_size": 2 * sizes.clip_width,
+            "intermediate_size": 2 * width,
             "layer_norm_eps": 1e-5,
             "max_position_embeddings": 77,
             "model_type": "clip_text_model",
             "num_attention_heads": 2,
             "num_hidden_layers": sizes.clip_layers,
             "pad_token_id": 1,
-            "projection_dim": sizes.clip_width,
+            "projection_dim": width,
             "transformers_version": TRANSFORMERS_VERSION,
             "vocab_size": 49408
         })
@@ -213,7 +205,7 @@ impl Preset {
             "classifier_dropout": 0.0,
             "d_ff": sizes.t5_inner,
             "d_kv": 16,
-            "d_model": sizes.t5_width,
+            "d_model": sizes.transformer.joint_attention_dim,
             "dense_act_fn": "gelu_new",
             "dropout_rate": 0.1,
             "dtype": "float16",

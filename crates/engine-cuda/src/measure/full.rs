@@ -14,23 +14,6 @@ const ROWS: usize = 512;
 /// Steps that one timing is taken over.
 const INNER: usize = 10;
 
-/// Width 256, 2 + 3 blocks.
-fn config() -> MmditConfig {
-    MmditConfig {
-        num_layers: 2,
-        num_single_layers: 3,
-        num_attention_heads: 4,
-        attention_head_dim: 64,
-        axes_dims_rope: [16, 24, 24],
-        joint_attention_dim: 64,
-        pooled_projection_dim: 32,
-        guidance_embeds: false,
-        in_channels: 64,
-        out_channels: 64,
-        patch_size: 1,
-    }
-}
-
 fn numbers(count: usize, scale: f32) -> Vec<f32> {
     let mut state = count as u32;
     let mut next = || {
@@ -50,7 +33,7 @@ pub(super) fn rows(table: &mut Table) -> Outcome {
 
 /// A run at batch `b`, with tables.
 fn trainer(stream: Stream, b: usize) -> Outcome<FullTrainer> {
-    let config = config();
+    let config = MmditConfig::small();
     let shape = Shape {
         b,
         text: 64,

@@ -17,12 +17,9 @@ use lora::{LoraFile, Target};
 use mmdit::MmditConfig;
 use quant::{AdamWConfig, OptimizerKind};
 
-use crate::cases::distance;
+use crate::networks::{LOSS_SCALE, distance};
 use crate::report::Report;
 use crate::support::name;
-
-/// Gradients of half precision are scaled so that small ones stay numbers.
-const LOSS_SCALE: f32 = 1024.0;
 
 /// What the cases' parameters say that their files do not.
 #[derive(serde::Deserialize)]

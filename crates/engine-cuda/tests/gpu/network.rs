@@ -16,12 +16,13 @@ use quant::{Optimizer, clip_global_norm};
 use tensor::device::{cpu, training};
 use tensor::{from_f32, to_f32};
 
-use crate::cases::{
-    Batch, Case, LOSS_SCALE, adapters, cases, distance, engine, factors, gradient_distance,
-    reference, reference_step, reference_velocity, training_options, weights,
+use crate::cases::{Case, cases, engine, gradient_distance};
+use crate::networks::{
+    Batch, LOSS_SCALE, adapters, distance, factors, numbers, reference, reference_step,
+    reference_velocity, training_options, unscaled_gradients, weights,
 };
 use crate::report::Report;
-use crate::support::{name, numbers};
+use crate::support::name;
 
 /// Runs every case in both types.
 pub fn run(report: &mut Report) {
@@ -130,12 +131,6 @@ fn gradients(
     let model = reference(&case.config, weights, &training(&cpu()), BaseWeights::Plain);
     let (expected_loss, expected) = reference_step(&model, batch, lora);
     drop(model);
-    let unscaled = |engine: &Engine| -> BTreeMap<String, Vec<f32>> {
-        let gradients = engine.gradients().expect("they are there").into_iter();
-        gradients
-            .map(|(name, g)| (name, g.into_iter().map(|v| v / LOSS_SCALE).collect()))
-            .collect()
-    };
     let mut kept = Vec::new();
     for recompute in [
         Recompute::Nothing,
@@ -152,7 +147,7 @@ fn gradients(
                 .micro_step(&batch.micro(), LOSS_SCALE)
                 .expect("it runs");
             let (loss, _) = engine.loss_sum().expect("it is there");
-            kept.push((loss, unscaled(engine)));
+            kept.push((loss, unscaled_gradients(engine)));
         }
         planned(case, label, t, engine, recompute, report);
     }
@@ -193,7 +188,7 @@ fn gradients(
                 .micro_step(&sample.micro(), LOSS_SCALE / b as f32)
                 .expect("it runs");
         }
-        let looped = unscaled(engine);
+        let looped = unscaled_gradients(engine);
         let (_, _, apart) = gradient_distance(&looped, found);
         report.check(
             &format!("{label}: samples one by one against a batch"),

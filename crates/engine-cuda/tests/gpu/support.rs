@@ -1,6 +1,8 @@
-//! Buffers with guards, pseudo-random numbers and distances, for the tests of single kernels.
+//! Buffers with guards and what else tests of single kernels share.
 
 use engine_cuda::{Buffer, Half, Stream, View};
+
+pub use crate::networks::{distance, numbers};
 
 /// Bytes before and behind every output that no kernel may touch.
 const GUARD_BYTES: usize = 256;
@@ -21,34 +23,6 @@ pub fn name(t: Half) -> &'static str {
     match t {
         Half::Bf16 => "bf16",
         Half::F16 => "f16",
-    }
-}
-
-/// Nearly normal numbers: sums of uniform ones from SplitMix64.
-pub fn numbers(seed: u64, count: usize, scale: f32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d;
-    let mut uniform = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32 - 0.5
-    };
-    (0..count)
-        .map(|_| scale * (uniform() + uniform() + uniform()) * 2.0)
-        .collect()
-}
-
-/// `‖found − expected‖/‖expected‖`; infinite if anything is not finite.
-pub fn distance(found: &[f64], expected: &[f64]) -> f64 {
-    assert_eq!(found.len(), expected.len(), "lengths");
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let difference = norm(&mut found.iter().zip(expected).map(|(f, e)| f - e));
-    let error = difference / norm(&mut expected.iter().copied()).max(f64::MIN_POSITIVE);
-    if error.is_finite() {
-        error
-    } else {
-        f64::INFINITY
     }
 }
 
