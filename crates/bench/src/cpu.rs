@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use console::{print_document, print_line};
+use console::print_line;
 use engine::cpu::Cpu;
 use engine::portable::{Portable, PortableGradients};
 use engine::{
@@ -20,7 +20,6 @@ use engine_cpu::Transformer;
 use flow_matching::{Purpose, Stream, TrainingPoint};
 use lora::LoraModule;
 use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
-use pipeline::Failure;
 use quant::{AdamWConfig, OptimizerKind};
 use random_base::{Part, initial_values};
 use serde::Serialize;
@@ -28,6 +27,7 @@ use serde_json::{Value, json};
 use tensor::device::{cpu, training};
 use tensor::{Device, Precision, Weights};
 
+use crate::finish;
 use crate::peer::{Peer, PeerError};
 
 const TEXT_TOKENS: usize = 64;
@@ -117,24 +117,7 @@ impl Seconds {
 
 /// Measures and prints; gives the exit code.
 pub fn run(bench: &CpuBench) -> u8 {
-    match measure(bench) {
-        Ok(document) => {
-            if bench.json {
-                print_document(&document);
-            } else {
-                tell(&document);
-            }
-            0
-        }
-        Err(error) => {
-            let failure = Failure::from(error);
-            if bench.json {
-                print_document(&json!({ "error": failure.to_json() }));
-            }
-            console::tell(&failure);
-            failure.kind().exit_code()
-        }
-    }
+    finish(measure(bench), bench.json, tell)
 }
 
 fn tell(document: &Value) {

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use console::{print_document, print_line};
+use console::print_line;
 use engine_cuda::CudaError;
 use engine_cuda::measure::{MEASURED, PREDICTED, draw_first, measure, soak};
 use pipeline::{Failure, FailureKind, StageError};
 use serde_json::{Map, Value, json};
 
 use crate::peer::PeerError;
-use crate::training_run;
+use crate::{finish, training_run};
 
 /// What the peer is asked for: what the table has a line or a ratio for.
 const PEER_SECTIONS: [&str; 4] = ["mm", "sample", "train_nf4", "train_bf16_compiled"];
@@ -211,22 +211,8 @@ const LINES: [Line; 14] = [
 
 /// Measures and prints; gives the exit code.
 pub fn run(bench: &FluxBench) -> u8 {
-    match take(bench) {
-        Ok(document) => {
-            if bench.json {
-                print_document(&document);
-            }
-            0
-        }
-        Err(error) => {
-            let failure = Failure::from(error);
-            if bench.json {
-                print_document(&json!({ "error": failure.to_json() }));
-            }
-            console::tell(&failure);
-            failure.kind().exit_code()
-        }
-    }
+    // Rows are told as they come.
+    finish(take(bench), bench.json, |_| {})
 }
 
 fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {

@@ -343,7 +343,7 @@ pub(crate) fn train(
         let [_, h, w] = examples.latents.shape;
         let t5_tokens = run.recipe.base.t5_tokens;
         let rope = Rope::for_latent(&configs.transformer, t5_tokens, [h, w], &training);
-        let step = move |state: &mut TrainState, clock: &mut StepClock| {
+        let loss = move |state: &TrainState, clock: &mut StepClock| {
             let step = state.step;
             let drawn = examples.draw(run, Phase::Base, step, optimizer.batch);
             let captions = drawn.captions.iter();
@@ -358,13 +358,9 @@ pub(crate) fn train(
             let velocity = models.velocity(noisy, &ids, &drawn.sigmas, &rope);
             let target: Tensor<3> = Tensor::from_inner(target);
             let loss = (velocity - target).powi_scalar(2).mean();
-            clock.did(HostWork::Forward);
-            let gradients = loss.backward();
-            clock.did(HostWork::Backward);
-            let norm = state.update(&leaves, &gradients, optimizer);
-            Ok([loss.inner(), norm])
+            Ok((leaves, loss))
         };
-        Ok(Traced::begin(run, state, step))
+        Ok(Traced::begin(run, state, optimizer, loss))
     })
 }
 

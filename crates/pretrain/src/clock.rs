@@ -16,11 +16,11 @@ pub(crate) enum HostWork {
     Draw,
     /// Leaves of all parameters, and the models around them.
     Build,
-    /// The models and the loss.
+    /// The models and the loss; letting go of the models.
     Forward,
     /// Gradients.
     Backward,
-    /// Clipping, AdamW, average; letting go of the step's tensors.
+    /// Clipping, AdamW, average; letting go of leaves and gradients.
     Update,
 }
 

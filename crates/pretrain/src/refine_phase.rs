@@ -122,7 +122,7 @@ fn traced<'a>(
         [h, w],
         &options.device,
     );
-    let step = move |state: &mut TrainState, clock: &mut StepClock| {
+    let loss = move |state: &TrainState, clock: &mut StepClock| {
         let drawn = examples.draw(run, Phase::Refine, state.step, optimizer.batch);
         Backend::seed(&run.device, run.recipe.seed ^ (state.step << 8) ^ 4);
         let (noisy, target) = examples.noised(&drawn, vae.config(), &run.device);
@@ -137,11 +137,7 @@ fn traced<'a>(
         let velocity = velocity(&transformer, noisy, texts, &drawn.sigmas, &rope);
         let target: Tensor<3> = Tensor::from_inner(target);
         let loss = (velocity - target).powi_scalar(2).mean();
-        clock.did(HostWork::Forward);
-        let gradients = loss.backward();
-        clock.did(HostWork::Backward);
-        let norm = state.update(&leaves, &gradients, optimizer);
-        Ok([loss.inner(), norm])
+        Ok((leaves, loss))
     };
-    Ok(Traced::begin(run, state, step))
+    Ok(Traced::begin(run, state, optimizer, loss))
 }

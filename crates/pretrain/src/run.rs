@@ -12,7 +12,7 @@ use tensor::{Backend, Device, ParameterSpec, Tensor, to_f32};
 use crate::clock::{HostWork, StepClock};
 use crate::recipe::{OptimizerRecipe, PretrainRecipe};
 use crate::results::{Ended, Learned, Phase, Results, Values};
-use crate::state::TrainState;
+use crate::state::{Leaves, TrainState};
 use crate::{Corpus, PretrainError};
 
 /// One run on one device.
@@ -49,38 +49,50 @@ pub(crate) trait Training {
     fn averaged(&mut self) -> Result<Vec<Values>, PretrainError>;
 }
 
-/// Training through Burn's autodiff: a state, and what makes one step of it and gives loss and norm.
-pub(crate) struct Traced<F> {
+/// Training through Burn's autodiff: a state, and what makes a batch's loss of tracked leaves of it.
+pub(crate) struct Traced<'t, F> {
     state: TrainState,
     device: Device,
-    make_step: F,
+    recipe: &'t OptimizerRecipe,
+    loss: F,
     last: Option<[Tensor<1>; 2]>,
 }
 
-impl<'t, F> Traced<F>
+impl<'t, F> Traced<'t, F>
 where
-    F: FnMut(&mut TrainState, &mut StepClock) -> Result<[Tensor<1>; 2], PretrainError> + 't,
+    F: FnMut(&TrainState, &mut StepClock) -> Result<(Leaves, Tensor<1>), PretrainError> + 't,
 {
-    pub(crate) fn begin(run: &Run<'_>, state: TrainState, make_step: F) -> Box<dyn Training + 't> {
+    pub(crate) fn begin(
+        run: &Run<'_>,
+        state: TrainState,
+        recipe: &'t OptimizerRecipe,
+        loss: F,
+    ) -> Box<dyn Training + 't> {
         Box::new(Self {
             state,
             device: run.device.clone(),
-            make_step,
+            recipe,
+            loss,
             last: None,
         })
     }
 }
 
-impl<F> Training for Traced<F>
+impl<F> Training for Traced<'_, F>
 where
-    F: FnMut(&mut TrainState, &mut StepClock) -> Result<[Tensor<1>; 2], PretrainError>,
+    F: FnMut(&TrainState, &mut StepClock) -> Result<(Leaves, Tensor<1>), PretrainError>,
 {
     fn step(&self) -> u64 {
         self.state.step
     }
 
     fn advance(&mut self, clock: &mut StepClock) -> Result<(), PretrainError> {
-        self.last = Some((self.make_step)(&mut self.state, clock)?);
+        let (leaves, loss) = (self.loss)(&self.state, clock)?;
+        clock.did(HostWork::Forward);
+        let gradients = loss.backward();
+        clock.did(HostWork::Backward);
+        let norm = self.state.update(&leaves, &gradients, self.recipe);
+        self.last = Some([loss.inner(), norm]);
         Ok(())
     }
 

@@ -138,7 +138,7 @@ pub(crate) fn train(run: &Run<'_>, config: &AutoencoderConfig) -> Result<Learned
         state.resume(&run.checkpoint(Phase::Autoencoder), &name)?;
         let pools = Pools::new(run)?;
         let training = device::training(&run.device);
-        let step = move |state: &mut TrainState, clock: &mut StepClock| {
+        let loss = move |state: &TrainState, clock: &mut StepClock| {
             let step = state.step;
             let pictures = pools.batch(run, Phase::Autoencoder, step, optimizer.batch);
             clock.did(HostWork::Draw);
@@ -162,13 +162,9 @@ pub(crate) fn train(run: &Run<'_>, config: &AutoencoderConfig) -> Result<Learned
             let kl = (mean.powi_scalar(2) + logvar.clone().exp() - 1.0 - logvar).mean() * 0.5;
             let loss = distance(decoded, pictures, config.scale_factor_px(), recipe)
                 + kl * recipe.kl_weight;
-            clock.did(HostWork::Forward);
-            let gradients = loss.backward();
-            clock.did(HostWork::Backward);
-            let norm = state.update(&leaves, &gradients, optimizer);
-            Ok([loss.inner(), norm])
+            Ok((leaves, loss))
         };
-        Ok(Traced::begin(run, state, step))
+        Ok(Traced::begin(run, state, optimizer, loss))
     })?;
     learned.ok_or(PretrainError::NotDone {
         phase: Phase::Autoencoder.name(),
@@ -218,7 +214,7 @@ pub(crate) fn train_decoder(
                 (spec.clone(), Tensor::from_inner(value))
             })
             .collect();
-        let step = move |state: &mut TrainState, clock: &mut StepClock| {
+        let loss = move |state: &TrainState, clock: &mut StepClock| {
             let pictures = pools.batch(run, Phase::Decoder, state.step, optimizer.batch);
             let latents = encoder.encode(pictures.clone()).mean;
             clock.did(HostWork::Draw);
@@ -231,13 +227,9 @@ pub(crate) fn train_decoder(
                 .cast(tensor::DType::F32);
             let pictures = Tensor::from_inner(pictures);
             let loss = distance(decoded, pictures, config.scale_factor_px(), recipe);
-            clock.did(HostWork::Forward);
-            let gradients = loss.backward();
-            clock.did(HostWork::Backward);
-            let norm = state.update(&leaves, &gradients, optimizer);
-            Ok([loss.inner(), norm])
+            Ok((leaves, loss))
         };
-        Ok(Traced::begin(run, state, step))
+        Ok(Traced::begin(run, state, optimizer, loss))
     })?;
     let Some(decoder) = decoder else {
         return Ok(None);
