@@ -471,7 +471,10 @@ __device__ __forceinline__ void keys_gradient(const Backward& block, float (&dk)
         hold(dk);
         hold(dv);
         hold(ds);
-        if (i > 0) block.ring.release(i - 1, block.lane);
+        if (i > 0) {
+            __syncwarp();  // lane 0 gives the stage back for all lanes that have read its statistics
+            block.ring.release(i - 1, block.lane);
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 l = shared_load_float2(statistics + BACKWARD_ROWS * 4 + 32 * j);
