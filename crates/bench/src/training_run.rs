@@ -162,7 +162,7 @@ fn measure(
     let engine = open(&lora, LoraOptimizer::of(train, &lora), work)?;
     let load_s = start.elapsed().as_secs_f64();
 
-    let mut trainer = Trainer::new(engine, &data, train, lora, "bench".to_owned());
+    let mut trainer = Trainer::new(engine, train, lora, "bench".to_owned());
     // A short run has checkpoints too, so that one is timed.
     let kept = Checkpoints {
         dir: &folder.path().join(files::CHECKPOINTS),
@@ -171,7 +171,9 @@ fn measure(
     };
     let job = Progress::silent().job("train", num_steps.into(), "steps");
     let start = Instant::now();
-    let checkpoints = take_steps(&mut trainer, num_steps, &kept, &job, |_| BTreeMap::new())?;
+    let checkpoints = take_steps(&mut trainer, &data, num_steps, &kept, &job, |_| {
+        BTreeMap::new()
+    })?;
     let run_s = start.elapsed().as_secs_f64();
     job.finish();
 

@@ -251,9 +251,11 @@ impl Engine for Cuda {
     }
 }
 
-/// Samples of some micro-batches as one batch.
+/// Samples of some micro-batches as one batch. It is filled again for every group: at FLUX.1-dev's sizes it has 34 MB,
+/// and memory that is new costs more than what is copied into it.
+#[derive(Default)]
 struct Joined {
-    shape: Shape,
+    shape: Option<Shape>,
     latents: Vec<f32>,
     noise: Vec<f32>,
     sigmas: Vec<f32>,
@@ -265,33 +267,35 @@ struct Joined {
 }
 
 impl Joined {
-    fn new(batches: &[MicroBatch], guidance: Option<f32>) -> Self {
+    fn fill(&mut self, batches: &[MicroBatch], guidance: Option<f32>) {
         let first = &batches[0];
         let [_, _, h, w] = first.shape;
         let b = batches.iter().map(MicroBatch::len).sum();
-        let all =
-            |part: fn(&MicroBatch) -> &Vec<f32>| batches.iter().flat_map(part).copied().collect();
+        self.shape = Some(Shape {
+            b,
+            text: first.text_shape[0],
+            latent_cells: [h, w],
+        });
+        let join = |to: &mut Vec<f32>, part: fn(&MicroBatch) -> &Vec<f32>| {
+            to.clear();
+            batches
+                .iter()
+                .for_each(|batch| to.extend_from_slice(part(batch)));
+        };
+        join(&mut self.latents, |batch| &batch.model_input);
+        join(&mut self.noise, |batch| &batch.noise);
+        join(&mut self.text, |batch| &batch.prompt_embeds);
+        join(&mut self.pooled, |batch| &batch.pooled);
         let points = || batches.iter().flat_map(|batch| &batch.points);
-        Self {
-            shape: Shape {
-                b,
-                text: first.text_shape[0],
-                latent_cells: [h, w],
-            },
-            latents: all(|batch| &batch.model_input),
-            noise: all(|batch| &batch.noise),
-            sigmas: points().map(|point| point.sigma).collect(),
-            times: points().map(|point| model_time(point.timestep)).collect(),
-            weights: points().map(|point| point.weight).collect(),
-            text: all(|batch| &batch.prompt_embeds),
-            pooled: all(|batch| &batch.pooled),
-            guidance: guidance.map(|scale| vec![scale; b]),
-        }
+        self.sigmas = points().map(|point| point.sigma).collect();
+        self.times = points().map(|point| model_time(point.timestep)).collect();
+        self.weights = points().map(|point| point.weight).collect();
+        self.guidance = guidance.map(|scale| vec![scale; b]);
     }
 
     fn view(&self) -> model::MicroBatch<'_> {
         model::MicroBatch {
-            shape: self.shape,
+            shape: self.shape.expect("it was filled"),
             latents: &self.latents,
             noise: &self.noise,
             sigmas: &self.sigmas,
@@ -322,6 +326,7 @@ pub struct CudaTraining {
     scaler: LossScaler,
     num_steps: u64,
     plan: TrainingPlan,
+    joined: Joined,
     /// Ours after the first step.
     measured_bytes: Option<usize>,
 }
@@ -397,6 +402,7 @@ impl CudaTraining {
             template: optimizer,
             num_steps: 0,
             plan,
+            joined: Joined::default(),
             measured_bytes: None,
         })
     }
@@ -423,8 +429,8 @@ impl TrainingEngine for CudaTraining {
         let num_groups = groups(batches, self.plan.fused).count();
         let loss_factor = loss_scale / num_groups as f32;
         for group in groups(batches, self.plan.fused) {
-            let joined = Joined::new(group, guidance);
-            self.engine.micro_step(&joined.view(), loss_factor)?;
+            self.joined.fill(group, guidance);
+            self.engine.micro_step(&self.joined.view(), loss_factor)?;
         }
         let report = self
             .engine
@@ -524,7 +530,8 @@ impl Gradients for CudaGradients {
         loss_factor: f32,
     ) -> Result<MicroStep, RunError> {
         let guidance = self.engine.config().guidance_embeds.then_some(guidance);
-        let joined = Joined::new(std::slice::from_ref(batch), guidance);
+        let mut joined = Joined::default();
+        joined.fill(std::slice::from_ref(batch), guidance);
         let engine = &mut self.engine;
         engine.attach_lora(&merged(&lora.factors()), true)?;
         engine.start_training(model::TrainingOptions {

@@ -13,6 +13,7 @@
 //!
 //! * [`data`]: pairs, found to belong together before anything is loaded.
 //! * [`batch`]: latents as the transformer sees them.
+//! * [`groups`]: a step's micro-batches, made while the step before is taken.
 //! * [`untrained`]: the LoRA that a run begins with.
 //! * [`checkpoint`]: everything that a run continues from, in one file.
 //! * [`planning`]: what a run takes on a card, from configurations alone.
@@ -23,6 +24,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod data;
 mod error;
+pub mod groups;
 pub mod planning;
 mod stage;
 pub mod steps;
@@ -34,6 +36,7 @@ mod tests;
 
 pub use data::TrainingData;
 pub use error::TrainError;
+pub use groups::Groups;
 pub use stage::run;
 pub use steps::{Checkpoints, take_steps};
 pub use trainer::Trainer;

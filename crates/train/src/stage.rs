@@ -56,7 +56,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     }
 
     let fingerprint = Fingerprint::of(&context.components).to_string();
-    let mut trainer = Trainer::new(engine, &data, recipe, lora, fingerprint.clone());
+    let mut trainer = Trainer::new(engine, recipe, lora, fingerprint.clone());
     let checkpoints = context.path(files::CHECKPOINTS);
     let num_resumed = resume(&mut trainer, &checkpoints, &fingerprint)?;
     let kept = Checkpoints {
@@ -66,9 +66,14 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     };
     let job = context.progress.job("train", recipe.steps.into(), "steps");
     job.already_done(trainer.num_steps().into());
-    take_steps(&mut trainer, recipe.steps, &kept, &job, |num_steps| {
-        provenance(context, &data, &fingerprint, num_steps)
-    })?;
+    take_steps(
+        &mut trainer,
+        &data,
+        recipe.steps,
+        &kept,
+        &job,
+        |num_steps| provenance(context, &data, &fingerprint, num_steps),
+    )?;
     job.finish();
 
     let lora_path = context.path(files::LORA);

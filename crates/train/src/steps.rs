@@ -6,7 +6,9 @@ use std::path::Path;
 use console::Job;
 
 use crate::checkpoint::{self, file_name};
+use crate::data::TrainingData;
 use crate::error::TrainError;
+use crate::groups::{Group, Groups};
 use crate::trainer::Trainer;
 
 /// Where checkpoints are kept, and how many.
@@ -29,6 +31,21 @@ pub struct Checkpoints<'a> {
 /// If data cannot be read, the engine cannot go on, training falls apart, or a checkpoint cannot be written.
 pub fn take_steps(
     trainer: &mut Trainer<'_>,
+    data: &TrainingData,
+    until: u32,
+    checkpoints: &Checkpoints<'_>,
+    job: &Job,
+    provenance: impl Fn(u32) -> BTreeMap<String, String>,
+) -> Result<u32, TrainError> {
+    let (groups, first) = (Groups::new(data, trainer.recipe()), trainer.num_groups());
+    groups.ahead(first, |next| {
+        take_each(trainer, next, until, checkpoints, job, provenance)
+    })
+}
+
+fn take_each(
+    trainer: &mut Trainer<'_>,
+    next: &mut dyn FnMut() -> Group,
     until: u32,
     checkpoints: &Checkpoints<'_>,
     job: &Job,
@@ -36,7 +53,7 @@ pub fn take_steps(
 ) -> Result<u32, TrainError> {
     let mut num_written = 0;
     while trainer.num_steps() < until {
-        let row = trainer.step()?;
+        let row = trainer.step(&mut *next)?;
         job.message(format!("loss {:.4}", row.loss));
         if row.skipped {
             tracing::warn!(

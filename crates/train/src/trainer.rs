@@ -10,8 +10,8 @@ use flow_matching::LearningRateSchedule;
 use pipeline::recipe::{Schedule, TrainRecipe};
 
 use crate::checkpoint::{Checkpoint, RunState};
-use crate::data::TrainingData;
 use crate::error::TrainError;
+use crate::groups::Group;
 
 /// So many steps in a row without finite gradients and the run is given up. A loss scale of 2¹⁶ that halves so often
 /// is far below anything that could still overflow.
@@ -23,7 +23,6 @@ const POLYNOMIAL_END: f64 = 1e-7;
 /// A training run: the LoRA and the optimiser's state are the engine's, which data come next is known here.
 pub struct Trainer<'a> {
     engine: Box<dyn TrainingEngine>,
-    data: &'a TrainingData,
     recipe: &'a TrainRecipe,
     fingerprint: String,
     schedule: LearningRateSchedule,
@@ -37,14 +36,12 @@ impl<'a> Trainer<'a> {
     /// A run at its beginning, with an engine that was given `lora`.
     pub fn new(
         engine: Box<dyn TrainingEngine>,
-        data: &'a TrainingData,
         recipe: &'a TrainRecipe,
         lora: TrainableLora,
         fingerprint: String,
     ) -> Self {
         Self {
             engine,
-            data,
             recipe,
             fingerprint,
             schedule: schedule(recipe),
@@ -108,6 +105,16 @@ impl<'a> Trainer<'a> {
         u32::try_from(self.engine.num_steps()).expect("a recipe's number of steps is 32 bits")
     }
 
+    /// The recipe of the run.
+    pub fn recipe(&self) -> &'a TrainRecipe {
+        self.recipe
+    }
+
+    /// Groups of micro-batches taken: steps, and those that were skipped.
+    pub fn num_groups(&self) -> u64 {
+        self.num_groups
+    }
+
     /// The LoRA as it is now.
     ///
     /// # Errors
@@ -134,30 +141,22 @@ impl<'a> Trainer<'a> {
         &self.metrics
     }
 
-    /// Tries one optimiser step: all its micro-batches, and the step unless a gradient is not finite.
+    /// Tries one optimiser step: all micro-batches of group [`Trainer::num_groups`], which `next` gives, and the step
+    /// unless a gradient is not finite. Waiting for the group counts as the step's time.
     ///
     /// # Errors
     ///
     /// If data cannot be read, the engine cannot go on, or too many steps in a row could not be taken.
-    pub fn step(&mut self) -> Result<MetricRow, TrainError> {
+    pub fn step(&mut self, next: impl FnOnce() -> Group) -> Result<MetricRow, TrainError> {
         let started = Instant::now();
+        let batches = next()?;
         let TrainRecipe {
-            accumulation,
-            micro_batch,
             guidance,
             learning_rate,
             ..
         } = *self.recipe;
-        let uses_per_group = u64::from(accumulation) * u64::from(micro_batch);
-        let first_use = self.num_groups * uses_per_group;
-        let batches = (0..u64::from(accumulation))
-            .map(|micro| {
-                let start = first_use + micro * u64::from(micro_batch);
-                self.data.batch(start, micro_batch as usize)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
         let points = batches.iter().flat_map(|batch| &batch.points);
-        let sigma_sum: f64 = points.map(|point| f64::from(point.sigma)).sum();
+        let sigmas: Vec<f64> = points.map(|point| point.sigma.into()).collect();
 
         let steps_before = self.num_steps();
         let learning_rate = self.schedule.at(
@@ -174,7 +173,7 @@ impl<'a> Trainer<'a> {
             loss,
             grad_norm: outcome.grad_norm,
             learning_rate,
-            mean_sigma: (sigma_sum / uses_per_group as f64) as f32,
+            mean_sigma: (sigmas.iter().sum::<f64>() / sigmas.len() as f64) as f32,
             clipped: outcome.clipped,
             skipped: outcome.skipped,
             loss_scale: outcome.loss_scale,

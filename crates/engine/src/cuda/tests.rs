@@ -64,10 +64,15 @@ fn micro_batches_of_one_size_are_fused_and_others_looped() {
     assert_eq!(sizes(&alike, 2), [2, 2]);
     assert_eq!(sizes(&alike, 3), [1, 1, 1, 1]);
     assert_eq!(sizes(&[batch(1, 4), batch(1, 6)], 2), [1, 1]);
-    let joined = Joined::new(&alike, Some(1.5));
-    assert_eq!(joined.shape.b, 4);
-    assert_eq!((joined.latents.len(), joined.text.len()), (64, 24));
-    assert_eq!(joined.guidance, Some(vec![1.5; 4]));
+    let mut joined = Joined::default();
+    // Filled again, it has nothing left of what it had.
+    for batches in [&alike[..1], &alike] {
+        joined.fill(batches, Some(1.5));
+    }
+    let view = joined.view();
+    assert_eq!(view.shape.b, 4);
+    assert_eq!((view.latents.len(), view.text.len()), (64, 24));
+    assert_eq!(view.guidance, Some([1.5; 4].as_slice()));
 }
 
 #[test]

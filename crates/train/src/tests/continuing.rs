@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use engine::portable::PortableGradients;
-use engine::{HostEngine, LoraOptimizer};
+use engine::{HostEngine, LoraOptimizer, MicroBatch};
 use pipeline::files;
 use pipeline::recipe::{BaseFormat, Optimizer, PrecisionChoice, Recipe};
 
 use super::support::{World, recipe};
-use crate::{TrainError, Trainer, checkpoint, run, untrained_lora};
+use crate::{Groups, TrainError, Trainer, checkpoint, run, untrained_lora};
 
 fn lora_bytes(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join(files::LORA)).expect("the stage wrote it")
@@ -174,6 +174,29 @@ fn the_newest_checkpoints_are_kept_and_every_lora() {
 }
 
 #[test]
+fn groups_made_ahead_are_those_asked_for_one_by_one() {
+    let world = World::new(3);
+    let (data, recipe) = (world.data(1), recipe().train);
+    let groups = Groups::new(&data, &recipe);
+    let number = |group: Vec<MicroBatch>| -> Vec<u32> {
+        let noise = group.iter().flat_map(|batch| &batch.noise);
+        noise.map(|value| value.to_bits()).collect()
+    };
+    let one_by_one: Vec<_> = (5..9)
+        .map(|index| number(groups.get(index).expect("it can be read")))
+        .collect();
+    // Whoever takes them may stop at any time: the thread that makes them ends with him.
+    let ahead: Vec<_> = groups.ahead(5, |next| {
+        (0..4)
+            .map(|_| number(next().expect("it can be read")))
+            .collect()
+    });
+    assert_eq!(ahead, one_by_one);
+    assert_ne!(ahead[0], ahead[1]);
+    groups.ahead(0, |_| {});
+}
+
+#[test]
 fn two_micro_batches_of_one_are_one_of_two() {
     let world = World::new(4);
     let (data, model) = (world.data(1), world.model());
@@ -185,9 +208,10 @@ fn two_micro_batches_of_one_are_one_of_two() {
         let gradients = Box::new(PortableGradients::new(model.clone()));
         let optimizer = LoraOptimizer::of(&recipe, &lora);
         let engine = Box::new(HostEngine::new(gradients, lora.clone(), optimizer));
-        let mut trainer = Trainer::new(engine, &data, &recipe, lora, String::new());
+        let mut trainer = Trainer::new(engine, &recipe, lora, String::new());
+        let groups = Groups::new(&data, &recipe);
         (0..3)
-            .map(|_| trainer.step().expect("a step"))
+            .map(|step| trainer.step(|| groups.get(step)).expect("a step"))
             .collect::<Vec<_>>()
     };
     for (one, other) in train(1, 2).iter().zip(train(2, 1)) {
