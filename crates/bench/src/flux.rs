@@ -3,6 +3,7 @@
 //! The figures are those of `engine_cuda::measure`; here they are put beside what was aimed at and beside the peer's.
 //! A whole training run is [`crate::training_run`]'s. Without `gpu` only what is predicted is said, which needs no card.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -16,8 +17,8 @@ use serde_json::{Map, Value, json};
 use crate::peer::PeerError;
 use crate::{finish, training_run};
 
-/// What the peer is asked for: what the table has a line or a ratio for.
-const PEER_SECTIONS: [&str; 4] = ["mm", "sample", "train_nf4", "train_bf16_compiled"];
+/// What the peer is asked for, each in a process of its own: what the table has a ratio for, the most telling first.
+const PEER_SECTIONS: [&str; 4] = ["train_nf4", "train_bf16_compiled", "sample", "mm"];
 
 /// The public recipe: four of these are an optimiser step.
 const PEER_RECIPE: &str = "train_nf4_fp16_adamw8bit_ckpt1_txt512_b1_s_per_step";
@@ -96,6 +97,8 @@ struct Line {
     unit: &'static str,
     target: f64,
     stretch: Option<f64>,
+    /// The peer's row for the same work, and how many of it make one of our unit.
+    peer: Option<(&'static str, f64)>,
 }
 
 const fn line(
@@ -111,6 +114,16 @@ const fn line(
         unit,
         target,
         stretch,
+        peer: None,
+    }
+}
+
+impl Line {
+    const fn beside(self, peer: &'static str, in_our_unit: f64) -> Self {
+        Self {
+            peer: Some((peer, in_our_unit)),
+            ..self
+        }
     }
 }
 
@@ -121,7 +134,8 @@ const LINES: [Line; 14] = [
         "s",
         0.20,
         Some(0.12),
-    ),
+    )
+    .beside(PEER_RECIPE, 1.0),
     line(
         "its memory",
         ("nf4_train_recompute_b1", "device_bytes"),
@@ -135,7 +149,8 @@ const LINES: [Line; 14] = [
         "s",
         0.14,
         Some(0.09),
-    ),
+    )
+    .beside("train_nf4_fp16_adamw8bit_ckpt0_txt512_b1_s_per_step", 1.0),
     line(
         "optimiser step of 4 images within 24 GB, NF4",
         ("nf4_train_within_24GB_b4", "step_s"),
@@ -149,21 +164,24 @@ const LINES: [Line; 14] = [
         "s",
         0.044,
         Some(0.036),
-    ),
+    )
+    .beside("sample_bf16_512px_ms_per_step", 1e-3),
     line(
         "sampling step bf16, 1024 px",
         ("bf16_sample_1024", "step_s"),
         "s",
         0.130,
         Some(0.105),
-    ),
+    )
+    .beside("sample_bf16_1024px_ms_per_step", 1e-3),
     line(
         "sampling step NF4, 512 px",
         ("nf4_sample_512", "step_s"),
         "s",
         0.060,
         Some(0.045),
-    ),
+    )
+    .beside("sample_nf4_bf16_512px_ms_per_step", 1e-3),
     line(
         "true guidance, times a step without",
         ("bf16_sample_512", "true_guidance_ratio"),
@@ -177,14 +195,16 @@ const LINES: [Line; 14] = [
         "ms",
         0.10,
         Some(0.065),
-    ),
+    )
+    .beside("attention_1536", 1.0),
     line(
         "attention 24x1536x128 backward",
         ("attention_24x1536x128_Bf16", "backward_ms"),
         "ms",
         0.35,
         Some(0.20),
-    ),
+    )
+    .beside("attention_backward_1536", 1.0),
     line("load NF4", ("nf4_load", "s"), "s", 15.0, None),
     line(
         "700 steps of 4 images with data loading and checkpoints (weights made on the card)",
@@ -243,7 +263,7 @@ fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {
         rows.insert("nf4_soak".to_owned(), row);
     }
     let peer = match &bench.peer {
-        Some((python, script)) => Some(peer_rows(python, script)?),
+        Some((python, script)) => Some(peer_rows(python, script, &mut tell)?),
         None => None,
     };
     let table = table(&rows, peer.as_ref());
@@ -263,6 +283,7 @@ fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {
 /// The lines for which there are figures.
 fn table(rows: &Map<String, Value>, peer: Option<&Map<String, Value>>) -> Vec<Value> {
     let field = |row: &str, field: &str| rows.get(row).and_then(|row| row[field].as_f64());
+    let theirs = |name: &str| peer.and_then(|peer| peer.get(name)?.as_f64());
     let with_targets = |name: &str, value: f64, unit: &str, target: f64, stretch: Option<f64>| {
         json!({
             "line": name, "value": value, "unit": unit, "target": target, "stretch": stretch,
@@ -277,6 +298,11 @@ fn table(rows: &Map<String, Value>, peer: Option<&Map<String, Value>>) -> Vec<Va
             if rows[line.figure.0]["extrapolated"] == json!(true) {
                 said["extrapolated"] = json!(true);
             }
+            if let Some((row, in_our_unit)) = line.peer
+                && let Some(theirs) = theirs(row)
+            {
+                said["times_the_peer"] = json!(theirs * in_our_unit / value);
+            }
             Some(said)
         })
         .collect();
@@ -289,7 +315,6 @@ fn table(rows: &Map<String, Value>, peer: Option<&Map<String, Value>>) -> Vec<Va
         let what = "optimiser step of 4 images, best plan";
         let mut line = with_targets(what, seconds, "s", 0.40, Some(0.30));
         line["row"] = json!(name);
-        let theirs = |name: &str| peer.and_then(|peer| peer.get(name)?.as_f64());
         if let Some(micro) = theirs(PEER_RECIPE) {
             line["times_the_published_recipe"] = json!(4.0 * micro / seconds);
         }
@@ -325,7 +350,11 @@ fn words(line: &Value) -> String {
     if line["extrapolated"] == json!(true) {
         text += " reckoned from a part of the steps";
     }
-    for key in ["times_the_published_recipe", "times_the_strongest_setting"] {
+    for key in [
+        "times_the_peer",
+        "times_the_published_recipe",
+        "times_the_strongest_setting",
+    ] {
         if let Some(ratio) = line[key].as_f64() {
             text += &format!(" {ratio:.2} {}", key.replace('_', " "));
         }
@@ -333,18 +362,34 @@ fn words(line: &Value) -> String {
     text
 }
 
-/// Runs the peer to its end: the numbers of its lines `ROW name value …`, by name.
-fn peer_rows(python: &Path, script: &Path) -> Result<Map<String, Value>, PeerError> {
-    let ended = Command::new(python)
-        .arg(script)
-        .args(PEER_SECTIONS)
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|source| PeerError::Start {
+/// Runs the peer's sections one after the other: the numbers of its lines `ROW name value …`, by name. `tell` hears each
+/// as it comes. A section that breaks off gives the lines it came to.
+fn peer_rows(
+    python: &Path,
+    script: &Path,
+    tell: &mut impl FnMut(&str, &Value),
+) -> Result<Map<String, Value>, PeerError> {
+    let mut rows = Map::new();
+    for section in PEER_SECTIONS {
+        let cannot = |source| PeerError::Start {
             python: python.to_owned(),
             source,
-        })?;
-    let rows = parse(&String::from_utf8_lossy(&ended.stdout));
+        };
+        let mut process = Command::new(python)
+            .arg(script)
+            .arg(section)
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(cannot)?;
+        let stdout = process.stdout.take().into_iter().map(BufReader::new);
+        for line in stdout.flat_map(BufReader::lines).map_while(Result::ok) {
+            if let Some((name, value)) = parse(&line) {
+                tell(&format!("peer {name}"), &value);
+                rows.insert(name, value);
+            }
+        }
+        process.wait().map_err(cannot)?;
+    }
     if rows.is_empty() {
         return Err(PeerError::Output {
             script: script.to_owned(),
@@ -354,19 +399,15 @@ fn peer_rows(python: &Path, script: &Path) -> Result<Map<String, Value>, PeerErr
     Ok(rows)
 }
 
-fn parse(text: &str) -> Map<String, Value> {
-    let rows = text.lines().filter_map(|line| line.strip_prefix("ROW "));
-    let pairs = rows.filter_map(|row| row.split_once(' '));
-    pairs
-        .map(|(name, value)| {
-            let first = value.split(' ').next().unwrap_or_default();
-            let value = match first.parse::<f64>() {
-                Ok(number) => json!(number),
-                Err(_) => json!(value),
-            };
-            (name.to_owned(), value)
-        })
-        .collect()
+/// Name and value of a line `ROW name value …`: its number if it begins with one, else its words.
+fn parse(line: &str) -> Option<(String, Value)> {
+    let (name, value) = line.strip_prefix("ROW ")?.split_once(' ')?;
+    let first = value.split(' ').next().unwrap_or_default();
+    let value = match first.parse::<f64>() {
+        Ok(number) => json!(number),
+        Err(_) => json!(value),
+    };
+    Some((name.to_owned(), value))
 }
 
 #[cfg(test)]
@@ -375,12 +416,33 @@ mod tests {
 
     #[test]
     fn the_peers_lines_are_numbers_by_name() {
-        let rows = parse(
-            "noise\nROW torch 2.11 NVIDIA H100\nROW a_s_per_step 0.5 peakGB 7.4\nROW b OOM\n",
-        );
-        assert_eq!(rows["a_s_per_step"], json!(0.5));
-        assert_eq!(rows["b"], json!("OOM"));
-        assert_eq!(rows.len(), 3);
+        let row = |line| parse(line).map(|(_, value)| value);
+        assert_eq!(row("ROW a_s_per_step 0.5 peakGB 7.4"), Some(json!(0.5)));
+        assert_eq!(row("ROW b OOM"), Some(json!("OOM")));
+        assert_eq!(row("noise"), None);
+    }
+
+    #[test]
+    fn the_peers_sections_run_by_themselves_and_one_that_breaks_off_costs_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let script = folder.path().join("peer.sh");
+        let lines = "[ $1 = sample ] && exit 3\necho \"ROW $1 2.0 GB\"\necho noise\n";
+        fs_err::write(&script, lines).expect("written");
+        let mut told = Vec::new();
+        let mut tell = |name: &str, _: &Value| told.push(name.to_owned());
+        let rows = peer_rows(Path::new("sh"), &script, &mut tell).expect("there are rows");
+        assert_eq!((rows.len(), told.len()), (3, 3));
+        assert_eq!(rows["train_nf4"], json!(2.0));
+        assert_eq!(told[0], "peer train_nf4");
+    }
+
+    #[test]
+    fn a_line_says_how_many_times_faster_than_the_peers_it_is() {
+        let rows = json!({ "bf16_sample_512": { "step_s": 0.04 } });
+        let peer = json!({ "sample_bf16_512px_ms_per_step": 100.0 });
+        let lines = table(rows.as_object().expect("rows"), peer.as_object());
+        assert_eq!(lines[0]["times_the_peer"], json!(2.5));
+        assert!(words(&lines[0]).ends_with("2.50 times the peer"));
     }
 
     #[test]
@@ -404,9 +466,9 @@ mod tests {
             "bf16_sample_512".to_owned(),
             json!({ "error": "out of memory" }),
         );
-        let peer = parse(&format!(
-            "ROW {PEER_RECIPE} 1.0 peakGB 7\nROW {PEER_STRONGEST} 0.5\n"
-        ));
+        let peer = [PEER_RECIPE, PEER_STRONGEST].into_iter().zip([1.0, 0.5]);
+        let peer = peer.map(|(name, seconds)| (name.to_owned(), json!(seconds)));
+        let peer: Map<String, Value> = peer.collect();
         let lines = table(&rows, Some(&peer));
         assert_eq!(lines.len(), 2, "{lines:?}");
         assert_eq!(lines[0]["row"], "bf16_train_keep_b4");
