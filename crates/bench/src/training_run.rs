@@ -6,8 +6,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use artifacts::{
-    ArtifactError, CaptionRow, Digest, Embedding, Footer, Latent, LatentCacheWriter, SampleRow,
-    TextEmbeddingHeader, TextEmbeddingRow, TextEmbeddingWriter, captions, digest_bytes, samples,
+    ArtifactError, CaptionRow, Digest, Embedding, Footer, Latent, LatentCacheWriter,
+    SafetensorsFile, SampleRow, TextEmbeddingHeader, TextEmbeddingRow, TextEmbeddingWriter,
+    captions, digest_bytes, samples,
 };
 use autoencoder::AutoencoderConfig;
 use console::Progress;
@@ -177,6 +178,12 @@ fn measure(
     let run_s = start.elapsed().as_secs_f64();
     job.finish();
 
+    let path = folder.path().join(files::LORA);
+    let trained = trainer.lora().map_err(TrainError::from)?;
+    let written = trained.to_file(BTreeMap::new()).write(&path);
+    written.map_err(TrainError::from)?;
+    let file = lora_file(&path)?;
+
     let steps: Vec<f64> = trainer.metrics().iter().map(|row| row.step_s).collect();
     let (first, later) = steps.split_at(FIRST_STEPS.min(steps.len()));
     let in_steps: f64 = steps.iter().sum();
@@ -195,10 +202,56 @@ fn measure(
         train.steps,
         train.checkpoint_every,
         &trainer.notes(),
+        file,
     ))
 }
 
-fn said(times: &Times, all_steps: u32, every: u32, notes: &[String]) -> Value {
+/// Names and shapes of the tensors of the public recipe's LoRA for FLUX.1-dev: rank 4 on the attention's image stream.
+fn published() -> BTreeMap<String, Vec<usize>> {
+    const WIDTH: usize = 3072;
+    const RANK: usize = 4;
+    let double = (
+        "transformer_blocks",
+        19,
+        ["to_q", "to_k", "to_v", "to_out.0"].as_slice(),
+    );
+    let single = (
+        "single_transformer_blocks",
+        38,
+        ["to_q", "to_k", "to_v"].as_slice(),
+    );
+    let mut tensors = BTreeMap::new();
+    for (blocks, count, layers) in [double, single] {
+        for (block, layer) in (0..count).flat_map(|block| layers.iter().map(move |l| (block, l))) {
+            for (factor, shape) in [("A", [RANK, WIDTH]), ("B", [WIDTH, RANK])] {
+                let name =
+                    format!("transformer.{blocks}.{block}.attn.{layer}.lora_{factor}.weight");
+                tensors.insert(name, shape.to_vec());
+            }
+        }
+    }
+    tensors
+}
+
+/// What is in a LoRA's file, and whether it is [`published`].
+fn lora_file(path: &Path) -> Result<Value, ArtifactError> {
+    let file = SafetensorsFile::open(path)?;
+    let tensors = file
+        .names()
+        .map(|name| Ok((name.to_owned(), file.info(name)?.shape.clone())))
+        .collect::<Result<BTreeMap<_, _>, ArtifactError>>()?;
+    let numbers: usize = tensors
+        .values()
+        .map(|shape| shape.iter().product::<usize>())
+        .sum();
+    Ok(json!({
+        "tensors": tensors.len(),
+        "numbers": numbers,
+        "names_and_shapes_as_published": tensors == published(),
+    }))
+}
+
+fn said(times: &Times, all_steps: u32, every: u32, notes: &[String], lora_file: Value) -> Value {
     json!({
         "what": format!(
             "the loop of stage train with the engine cuda on flux-dev-pixel-art.toml ({}), {NUM_IMAGES} pairs read from files; \
@@ -216,6 +269,7 @@ fn said(times: &Times, all_steps: u32, every: u32, notes: &[String]) -> Value {
         "measured_checkpoints": times.checkpoints,
         "checkpoint_s": times.checkpoint_s,
         "notes": notes,
+        "lora_file": lora_file,
     })
 }
 
@@ -365,8 +419,31 @@ mod tests {
             times(30).of_all(700, 100),
             3.0 + 4.0 + 697.0 * 0.5 + 7.0 * 0.25
         );
-        assert_eq!(said(&times(700), 700, 100, &[])["extrapolated"], false);
-        assert_eq!(said(&times(30), 700, 100, &[])["extrapolated"], true);
+        let extrapolated =
+            |steps| said(&times(steps), 700, 100, &[], Value::Null)["extrapolated"].clone();
+        assert_eq!([extrapolated(700), extrapolated(30)], [false, true]);
+    }
+
+    #[test]
+    fn the_recipes_lora_has_the_380_published_tensors_and_another_has_not() {
+        let recipe = recipe().expect("the shipped recipe is valid");
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(files::LORA);
+        let said = |config: &MmditConfig| {
+            let lora = untrained_lora(config, &recipe.train).expect("known targets");
+            lora.to_file(BTreeMap::new()).write(&path).expect("written");
+            lora_file(&path).expect("it is a file")
+        };
+        let file = said(&MmditConfig::flux_dev());
+        assert_eq!(
+            (&file["tensors"], &file["numbers"]),
+            (&json!(380), &json!(4_669_440))
+        );
+        assert_eq!(file["names_and_shapes_as_published"], true);
+        assert_eq!(
+            said(&MmditConfig::tiny())["names_and_shapes_as_published"],
+            false
+        );
     }
 
     #[test]
