@@ -5,7 +5,8 @@
 //! gpu [--only SECTION[,SECTION…]] [FIXTURES…]
 //! ```
 //!
-//! `FIXTURES` are folders with `cases.json`. One line is printed per check, and a section that breaks off fails alone.
+//! `FIXTURES` are folders with `cases.json`; under cargo, those of the repository unless others are named. One line is printed per check, a table of sections at the end, and a section that
+//! breaks off fails alone.
 
 #[path = "gpu/attention.rs"]
 mod attention;
@@ -84,6 +85,14 @@ fn arguments() -> Arguments {
             folder => arguments.fixtures.push(folder.into()),
         }
     }
+    if let Some(package) = std::env::var_os("CARGO_MANIFEST_DIR")
+        && arguments.fixtures.is_empty()
+    {
+        let package = PathBuf::from(package);
+        arguments
+            .fixtures
+            .push(package.join("../../tests/fixtures/small"));
+    }
     arguments
 }
 
@@ -104,13 +113,14 @@ fn main() {
     let mut report = Report::default();
     for (name, run) in SECTIONS {
         if wanted(name) {
-            report.guarded(name, |report| run(&stream, report));
+            report.section(name, |report| run(&stream, report));
         }
     }
     if wanted("fixtures") {
         for folder in &fixtures {
-            let name = format!("fixtures {}", folder.display());
-            report.guarded(&name, |report| fixtures::run(folder, report));
+            let variant = folder.file_name().unwrap_or(folder.as_os_str());
+            let name = format!("fixtures {}", variant.display());
+            report.section(&name, |report| fixtures::run(folder, report));
         }
     }
     if !report.holds() {
