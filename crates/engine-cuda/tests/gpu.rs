@@ -5,8 +5,8 @@
 //! gpu [--only SECTION[,SECTION…]] [FIXTURES…]
 //! ```
 //!
-//! `FIXTURES` are folders with `cases.json`; under cargo, those of the repository unless others are named. One line is printed per check, a table of sections at the end, and a section that
-//! breaks off fails alone.
+//! `FIXTURES` are folders with `cases.json`; under cargo, those of the repository unless others are named. One line is printed
+//! per check, a table of sections at the end, and a section that breaks off fails alone.
 
 #[path = "gpu/attention.rs"]
 mod attention;
