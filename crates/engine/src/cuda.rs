@@ -251,71 +251,43 @@ impl Engine for Cuda {
     }
 }
 
-/// Samples of some micro-batches as one batch. It is filled again for every group: at FLUX.1-dev's sizes it has 34 MB,
-/// and memory that is new costs more than what is copied into it.
-#[derive(Default)]
-struct Joined {
-    shape: Option<Shape>,
-    latents: Vec<f32>,
-    noise: Vec<f32>,
+/// The numbers of a batch's samples, as the card wants them.
+struct PerSample {
     sigmas: Vec<f32>,
     times: Vec<f32>,
     weights: Vec<f32>,
-    text: Vec<f32>,
-    pooled: Vec<f32>,
     guidance: Option<Vec<f32>>,
 }
 
-impl Joined {
-    fn fill(&mut self, batches: &[MicroBatch], guidance: Option<f32>) {
-        let first = &batches[0];
-        let [_, _, h, w] = first.shape;
-        let b = batches.iter().map(MicroBatch::len).sum();
-        self.shape = Some(Shape {
-            b,
-            text: first.text_shape[0],
-            latent_cells: [h, w],
-        });
-        let join = |to: &mut Vec<f32>, part: fn(&MicroBatch) -> &Vec<f32>| {
-            to.clear();
-            batches
-                .iter()
-                .for_each(|batch| to.extend_from_slice(part(batch)));
-        };
-        join(&mut self.latents, |batch| &batch.model_input);
-        join(&mut self.noise, |batch| &batch.noise);
-        join(&mut self.text, |batch| &batch.prompt_embeds);
-        join(&mut self.pooled, |batch| &batch.pooled);
-        let points = || batches.iter().flat_map(|batch| &batch.points);
-        self.sigmas = points().map(|point| point.sigma).collect();
-        self.times = points().map(|point| model_time(point.timestep)).collect();
-        self.weights = points().map(|point| point.weight).collect();
-        self.guidance = guidance.map(|scale| vec![scale; b]);
+impl PerSample {
+    fn of(batch: &MicroBatch, guidance: Option<f32>) -> Self {
+        let points = || batch.points.iter();
+        Self {
+            sigmas: points().map(|point| point.sigma).collect(),
+            times: points().map(|point| model_time(point.timestep)).collect(),
+            weights: points().map(|point| point.weight).collect(),
+            guidance: guidance.map(|scale| vec![scale; batch.len()]),
+        }
     }
 
-    fn view(&self) -> model::MicroBatch<'_> {
+    fn with<'a>(&'a self, batch: &'a MicroBatch) -> model::MicroBatch<'a> {
+        let [b, _, h, w] = batch.shape;
         model::MicroBatch {
-            shape: self.shape.expect("it was filled"),
-            latents: &self.latents,
-            noise: &self.noise,
+            shape: Shape {
+                b,
+                text: batch.text_shape[0],
+                latent_cells: [h, w],
+            },
+            latents: &batch.model_input,
+            noise: &batch.noise,
             sigmas: &self.sigmas,
             times: &self.times,
             weights: &self.weights,
-            text: &self.text,
-            pooled: &self.pooled,
+            text: &batch.prompt_embeds,
+            pooled: &batch.pooled,
             guidance: self.guidance.as_deref(),
         }
     }
-}
-
-/// Micro-batches as they go through: `fused` at once where all are of one size, else one by one.
-fn groups(batches: &[MicroBatch], fused: usize) -> impl Iterator<Item = &[MicroBatch]> {
-    let sizes = |batch: &MicroBatch| (batch.shape, batch.text_shape);
-    let alike = batches
-        .windows(2)
-        .all(|pair| sizes(&pair[0]) == sizes(&pair[1]));
-    let fits = alike && batches.len().is_multiple_of(fused.max(1));
-    batches.chunks(if fits { fused.max(1) } else { 1 })
 }
 
 /// `engine-cuda` for training.
@@ -326,7 +298,6 @@ pub struct CudaTraining {
     scaler: LossScaler,
     num_steps: u64,
     plan: TrainingPlan,
-    joined: Joined,
     /// Ours after the first step.
     measured_bytes: Option<usize>,
 }
@@ -402,7 +373,6 @@ impl CudaTraining {
             template: optimizer,
             num_steps: 0,
             plan,
-            joined: Joined::default(),
             measured_bytes: None,
         })
     }
@@ -417,6 +387,10 @@ impl TrainingEngine for CudaTraining {
         self.num_steps
     }
 
+    fn at_once(&self) -> usize {
+        self.plan.fused
+    }
+
     fn step(
         &mut self,
         batches: &[MicroBatch],
@@ -425,12 +399,10 @@ impl TrainingEngine for CudaTraining {
     ) -> Result<StepReport, RunError> {
         let loss_scale = self.scaler.scale;
         let guidance = self.engine.config().guidance_embeds.then_some(guidance);
-        // Every group has the same number of samples or is a micro-batch, so the mean of groups is that of micro-batches.
-        let num_groups = groups(batches, self.plan.fused).count();
-        let loss_factor = loss_scale / num_groups as f32;
-        for group in groups(batches, self.plan.fused) {
-            self.joined.fill(group, guidance);
-            self.engine.micro_step(&self.joined.view(), loss_factor)?;
+        let loss_factor = loss_scale / batches.len() as f32;
+        for batch in batches {
+            let numbers = PerSample::of(batch, guidance);
+            self.engine.micro_step(&numbers.with(batch), loss_factor)?;
         }
         let report = self
             .engine
@@ -530,8 +502,7 @@ impl Gradients for CudaGradients {
         loss_factor: f32,
     ) -> Result<MicroStep, RunError> {
         let guidance = self.engine.config().guidance_embeds.then_some(guidance);
-        let mut joined = Joined::default();
-        joined.fill(std::slice::from_ref(batch), guidance);
+        let numbers = PerSample::of(batch, guidance);
         let engine = &mut self.engine;
         engine.attach_lora(&merged(&lora.factors()), true)?;
         engine.start_training(model::TrainingOptions {
@@ -546,7 +517,7 @@ impl Gradients for CudaGradients {
             },
             max_grad_norm: f32::INFINITY,
         })?;
-        engine.micro_step(&joined.view(), loss_factor)?;
+        engine.micro_step(&numbers.with(batch), loss_factor)?;
         let (loss, _) = engine.loss_sum()?;
         let gradients = engine.gradients()?.into_iter();
         Ok(MicroStep {

@@ -135,7 +135,13 @@ pub trait TrainingEngine {
     /// Optimiser steps taken; skipped ones do not count.
     fn num_steps(&self) -> u64;
 
-    /// One optimiser step on some micro-batches: their gradients' mean, clipped, through AdamW, unless one of them is
+    /// How many micro-batches it computes as one. Whoever makes a step's batches may make each of so many micro-batches;
+    /// that changes rounding alone.
+    fn at_once(&self) -> usize {
+        1
+    }
+
+    /// One optimiser step on some batches of one size: their gradients' mean, clipped, through AdamW, unless one of them is
     /// not finite. After an error the LoRA and the optimiser's state are undefined, and no step can follow.
     ///
     /// # Errors
@@ -183,7 +189,7 @@ pub trait TrainingEngine {
 /// What became of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepReport {
-    /// Mean loss of the micro-batches, before the step.
+    /// Mean loss of the batches, before the step.
     pub loss: f32,
     /// What the optimiser did.
     pub outcome: StepOutcome,

@@ -14,21 +14,31 @@ use crate::error::TrainError;
 /// What [`Groups`] gives for a step.
 pub type Group = Result<Vec<MicroBatch>, TrainError>;
 
-/// All micro-batches of a run, in groups of an optimiser step each. What a group holds is a function of its number.
+/// All batches of a run, in groups of an optimiser step each. What a group holds is a function of its number.
 #[derive(Clone, Copy)]
 pub struct Groups<'a> {
     data: &'a TrainingData,
-    accumulation: u64,
-    micro_batch: usize,
+    /// Batches of a group, and samples of a batch.
+    num_batches: u64,
+    batch: usize,
 }
 
 impl<'a> Groups<'a> {
-    /// Those of a recipe.
-    pub fn new(data: &'a TrainingData, recipe: &TrainRecipe) -> Self {
+    /// Those of a recipe, with `at_once` micro-batches in each batch ([`engine::TrainingEngine::at_once`]).
+    ///
+    /// # Panics
+    ///
+    /// If the recipe's accumulation is no multiple of that.
+    pub fn new(data: &'a TrainingData, recipe: &TrainRecipe, at_once: usize) -> Self {
+        let accumulation = recipe.accumulation as usize;
+        assert!(
+            accumulation.is_multiple_of(at_once),
+            "{at_once} of {accumulation} micro-batches at once"
+        );
         Self {
             data,
-            accumulation: recipe.accumulation.into(),
-            micro_batch: recipe.micro_batch as usize,
+            num_batches: (accumulation / at_once) as u64,
+            batch: recipe.micro_batch as usize * at_once,
         }
     }
 
@@ -38,10 +48,9 @@ impl<'a> Groups<'a> {
     ///
     /// If a latent or an embedding cannot be read, or is not finite.
     pub fn get(&self, index: u64) -> Group {
-        let uses = self.micro_batch as u64;
-        let first = index * self.accumulation;
-        (first..first + self.accumulation)
-            .map(|micro| self.data.batch(micro * uses, self.micro_batch))
+        let first = index * self.num_batches;
+        (first..first + self.num_batches)
+            .map(|place| self.data.batch(place * self.batch as u64, self.batch))
             .collect()
     }
 

@@ -8,7 +8,7 @@ use console::Job;
 use crate::checkpoint::{self, file_name};
 use crate::data::TrainingData;
 use crate::error::TrainError;
-use crate::groups::{Group, Groups};
+use crate::groups::Group;
 use crate::trainer::Trainer;
 
 /// Where checkpoints are kept, and how many.
@@ -37,8 +37,8 @@ pub fn take_steps(
     job: &Job,
     provenance: impl Fn(u32) -> BTreeMap<String, String>,
 ) -> Result<u32, TrainError> {
-    let (groups, first) = (Groups::new(data, trainer.recipe()), trainer.num_groups());
-    groups.ahead(first, |next| {
+    let first = trainer.num_groups();
+    trainer.groups(data).ahead(first, |next| {
         take_each(trainer, next, until, checkpoints, job, provenance)
     })
 }

@@ -10,8 +10,9 @@ use flow_matching::LearningRateSchedule;
 use pipeline::recipe::{Schedule, TrainRecipe};
 
 use crate::checkpoint::{Checkpoint, RunState};
+use crate::data::TrainingData;
 use crate::error::TrainError;
-use crate::groups::Group;
+use crate::groups::{Group, Groups};
 
 /// So many steps in a row without finite gradients and the run is given up. A loss scale of 2¹⁶ that halves so often
 /// is far below anything that could still overflow.
@@ -105,9 +106,9 @@ impl<'a> Trainer<'a> {
         u32::try_from(self.engine.num_steps()).expect("a recipe's number of steps is 32 bits")
     }
 
-    /// The recipe of the run.
-    pub fn recipe(&self) -> &'a TrainRecipe {
-        self.recipe
+    /// What its steps are taken on, in batches as its engine wants them.
+    pub fn groups<'d>(&self, data: &'d TrainingData) -> Groups<'d> {
+        Groups::new(data, self.recipe, self.engine.at_once())
     }
 
     /// Groups of micro-batches taken: steps, and those that were skipped.
@@ -141,7 +142,7 @@ impl<'a> Trainer<'a> {
         &self.metrics
     }
 
-    /// Tries one optimiser step: all micro-batches of group [`Trainer::num_groups`], which `next` gives, and the step
+    /// Tries one optimiser step: all batches of group [`Trainer::num_groups`], which `next` gives, and the step
     /// unless a gradient is not finite. Waiting for the group counts as the step's time.
     ///
     /// # Errors

@@ -56,23 +56,15 @@ fn batch(samples: usize, cells: usize) -> MicroBatch {
 }
 
 #[test]
-fn micro_batches_of_one_size_are_fused_and_others_looped() {
-    let alike = [batch(1, 4), batch(1, 4), batch(1, 4), batch(1, 4)];
-    let sizes = |batches: &[MicroBatch], fused| -> Vec<usize> {
-        groups(batches, fused).map(<[_]>::len).collect()
-    };
-    assert_eq!(sizes(&alike, 2), [2, 2]);
-    assert_eq!(sizes(&alike, 3), [1, 1, 1, 1]);
-    assert_eq!(sizes(&[batch(1, 4), batch(1, 6)], 2), [1, 1]);
-    let mut joined = Joined::default();
-    // Filled again, it has nothing left of what it had.
-    for batches in [&alike[..1], &alike] {
-        joined.fill(batches, Some(1.5));
-    }
-    let view = joined.view();
-    assert_eq!(view.shape.b, 4);
-    assert_eq!((view.latents.len(), view.text.len()), (64, 24));
-    assert_eq!(view.guidance, Some([1.5; 4].as_slice()));
+fn every_sample_has_its_numbers() {
+    let batch = batch(3, 4);
+    let numbers = PerSample::of(&batch, Some(1.5));
+    let view = numbers.with(&batch);
+    assert_eq!((view.shape.b, view.shape.text), (3, 3));
+    assert_eq!((view.latents.len(), view.text.len()), (48, 18));
+    assert_eq!(view.sigmas, [0.5; 3]);
+    assert_eq!(view.guidance, Some([1.5; 3].as_slice()));
+    assert_eq!(PerSample::of(&batch, None).with(&batch).guidance, None);
 }
 
 #[test]

@@ -177,7 +177,7 @@ fn the_newest_checkpoints_are_kept_and_every_lora() {
 fn groups_made_ahead_are_those_asked_for_one_by_one() {
     let world = World::new(3);
     let (data, recipe) = (world.data(1), recipe().train);
-    let groups = Groups::new(&data, &recipe);
+    let groups = Groups::new(&data, &recipe, 1);
     let number = |group: Vec<MicroBatch>| -> Vec<u32> {
         let noise = group.iter().flat_map(|batch| &batch.noise);
         noise.map(|value| value.to_bits()).collect()
@@ -193,6 +193,10 @@ fn groups_made_ahead_are_those_asked_for_one_by_one() {
     });
     assert_eq!(ahead, one_by_one);
     assert_ne!(ahead[0], ahead[1]);
+    let joined = Groups::new(&data, &recipe, recipe.accumulation as usize);
+    let group = joined.get(5).expect("it can be read");
+    assert_eq!(group.len(), 1);
+    assert_eq!(number(group), one_by_one[0]);
     groups.ahead(0, |_| {});
 }
 
@@ -209,7 +213,7 @@ fn two_micro_batches_of_one_are_one_of_two() {
         let optimizer = LoraOptimizer::of(&recipe, &lora);
         let engine = Box::new(HostEngine::new(gradients, lora.clone(), optimizer));
         let mut trainer = Trainer::new(engine, &recipe, lora, String::new());
-        let groups = Groups::new(&data, &recipe);
+        let groups = trainer.groups(&data);
         (0..3)
             .map(|step| trainer.step(|| groups.get(step)).expect("a step"))
             .collect::<Vec<_>>()
