@@ -14,6 +14,7 @@ use crate::model::joint::{Joint, Qkv};
 use crate::model::linear::Cx;
 use crate::model::modulations::Modulations;
 use crate::model::network::{DoubleStream, DoubleWeights};
+use crate::model::pass::Keep;
 use crate::model::sizes::STREAMS;
 use crate::ops::elementwise;
 use crate::view::View;
@@ -55,11 +56,10 @@ pub struct KeptDouble {
 }
 
 impl DoubleWeights {
-    /// Memory for what is kept; `gates` says whether gradients of the gates are wanted, `all` whether everything is kept
-    /// that the backward pass reads. It always is where all weights are trained.
-    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool, all: bool) -> KeptDouble {
+    /// Memory for what is kept; `gates` says whether gradients of the gates are wanted.
+    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool, keep: Keep) -> KeptDouble {
         let (d, all_trained) = (joint.sizes.d, self.all_trained());
-        let all = all || all_trained;
+        let all = all_trained || keep == Keep::All;
         let streams = STREAMS.map(|s| {
             let rows = joint.shape.rows(s);
             let w = &self.streams[s];

@@ -140,6 +140,27 @@ impl Network {
 /// Tokens that go in: T, text `[b·text, joint_attention_dim]` and image `[b·image, in_channels]`.
 pub type Tokens = [View; 2];
 
+/// What a block leaves behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing that a backward pass will read.
+    Nothing,
+    /// What a backward pass could only compute again with the block's large products.
+    Products,
+    /// Everything that a backward pass reads. Where all weights are trained, that is always kept.
+    All,
+}
+
+impl Keep {
+    /// In a forward pass before a backward pass, for a block that is computed again there or is not.
+    fn of_forward(recompute: bool) -> Self {
+        match recompute {
+            true => Self::Nothing,
+            false => Self::Products,
+        }
+    }
+}
+
 /// One pass over the blocks.
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
@@ -204,7 +225,7 @@ impl Pass<'_> {
         }
         for (i, block) in network.double.iter().enumerate() {
             let mark = cx.arena.mark();
-            let kept = block.keep(cx, joint, self.gates(), false);
+            let kept = block.keep(cx, joint, self.gates(), Keep::Nothing);
             let offset = joint.sizes.double_modulation(i);
             block.forward(cx, joint, Some(x), x, &kept, (&self.modulations, offset))?;
             cx.arena.release(mark);
@@ -214,7 +235,7 @@ impl Pass<'_> {
         }
         for (i, block) in network.single.iter().enumerate() {
             let mark = cx.arena.mark();
-            let kept = block.keep(cx, joint, self.gates(), false);
+            let kept = block.keep(cx, joint, self.gates(), Keep::Nothing);
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
             block.forward(cx, joint, Some(joined), joined, &kept, modulations)?;
@@ -318,7 +339,8 @@ impl Pass<'_> {
             kept.double_inputs.push(x);
             let out = STREAMS.map(|s| cx.half(joint.shape.rows(s) * d));
             let mark = cx.arena.mark();
-            let kept_block = block.keep(cx, joint, self.gates(), false);
+            let keep = Keep::of_forward(recompute);
+            let kept_block = block.keep(cx, joint, self.gates(), keep);
             let offset = joint.sizes.double_modulation(i);
             block.forward(
                 cx,
@@ -345,7 +367,8 @@ impl Pass<'_> {
             kept.single_inputs.push(joined);
             let out = cx.half(all);
             let mark = cx.arena.mark();
-            let kept_block = block.keep(cx, joint, self.gates(), false);
+            let keep = Keep::of_forward(recompute);
+            let kept_block = block.keep(cx, joint, self.gates(), keep);
             let offset = joint.sizes.single_modulation(i);
             let modulations = (&self.modulations, offset);
             block.forward(cx, joint, Some(out), joined, &kept_block, modulations)?;
@@ -383,7 +406,7 @@ impl Pass<'_> {
             let kept_block = match kept.single[i] {
                 Some(kept_block) => kept_block,
                 None => {
-                    let kept_block = block.keep(cx, joint, self.gates(), true);
+                    let kept_block = block.keep(cx, joint, self.gates(), Keep::All);
                     // The output is known: the products behind what is kept are left out.
                     block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
@@ -411,7 +434,7 @@ impl Pass<'_> {
             let kept_block = match kept.double[i] {
                 Some(kept_block) => kept_block,
                 None => {
-                    let kept_block = block.keep(cx, joint, self.gates(), true);
+                    let kept_block = block.keep(cx, joint, self.gates(), Keep::All);
                     block.forward(cx, joint, None, x, &kept_block, modulations)?;
                     kept_block
                 }

@@ -12,6 +12,7 @@ use crate::model::joint::{Joint, Qkv};
 use crate::model::linear::Cx;
 use crate::model::modulations::Modulations;
 use crate::model::network::SingleWeights;
+use crate::model::pass::Keep;
 use crate::ops::elementwise;
 use crate::view::View;
 
@@ -19,7 +20,11 @@ use crate::view::View;
 #[derive(Clone, Copy, Debug)]
 pub struct KeptSingle {
     products: View,
+    /// Attention's output: by itself, or in `both`, and then with its stride.
     o: View,
+    /// The output product's input: attention's output beside the activated hidden values. Where it is not kept, it is made
+    /// when it is needed.
+    both: Option<View>,
     sums: View,
     /// `x·Aᵀ` of input and output.
     inner: [Option<View>; 2],
@@ -37,32 +42,31 @@ struct AllOfSingle {
     stats: Option<View>,
     /// Queries, keys and values as attention reads them.
     qkv: Qkv,
-    /// The output product's input, if that layer is trained. Attention then writes into it, beside the activated hidden
-    /// values, and `o` has its stride.
-    both: Option<View>,
 }
 
 impl SingleWeights {
-    /// Memory for what is kept; `gates` says whether the gate's gradient is wanted, `all` whether everything is kept that
-    /// the backward pass reads. It always is where all weights are trained.
-    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool, all: bool) -> KeptSingle {
+    /// Memory for what is kept; `gates` says whether the gate's gradient is wanted.
+    pub fn keep(&self, cx: &Cx<'_>, joint: &Joint<'_>, gates: bool, keep: Keep) -> KeptSingle {
         let rows = joint.shape.all_rows();
         let products = cx.half(rows * self.input.out_features);
         let inner = [&self.input, &self.output].map(|linear| linear.keep(cx, rows));
         let d = joint.sizes.d;
         let update = gates.then(|| cx.half(rows * d));
         let all_trained = self.norm_gradients.is_some();
-        let all = (all || all_trained).then(|| AllOfSingle {
+        let all = (all_trained || keep == Keep::All).then(|| AllOfSingle {
             normed: cx.half(rows * d),
             stats: all_trained.then(|| cx.f32(2 * rows)),
             qkv: joint.qkv(cx),
-            both: (self.output.needs_input()).then(|| cx.half(rows * (d + joint.sizes.mlp))),
         });
+        let side_by_side = match keep {
+            Keep::Nothing => true,
+            Keep::Products | Keep::All => all.is_some() && self.output.needs_input(),
+        };
+        let both = side_by_side.then(|| cx.half(rows * (d + joint.sizes.mlp)));
         KeptSingle {
             products,
-            o: all
-                .and_then(|all| all.both)
-                .unwrap_or_else(|| cx.half(rows * d)),
+            o: both.unwrap_or_else(|| cx.half(rows * d)),
+            both,
             sums: cx.f32(rows * joint.sizes.h),
             inner,
             update,
@@ -72,7 +76,7 @@ impl SingleWeights {
 
     /// Elements from one row of attention's output to the next.
     fn o_stride(joint: &Joint<'_>, kept: &KeptSingle) -> usize {
-        match kept.all.and_then(|all| all.both) {
+        match kept.both {
             Some(_) => joint.sizes.d + joint.sizes.mlp,
             None => joint.sizes.d,
         }
@@ -136,7 +140,7 @@ impl SingleWeights {
     ) -> Result<View, CudaError> {
         let (d, mlp) = (joint.sizes.d, joint.sizes.mlp);
         let (rows, width) = (joint.shape.all_rows(), self.input.out_features);
-        let both = match kept.all.and_then(|all| all.both) {
+        let both = match kept.both {
             Some(both) => both,
             None => {
                 let both = cx.half(rows * (d + mlp));
@@ -185,8 +189,8 @@ impl SingleWeights {
         let y = kept.update;
         let gate = offset + 2 * d;
         modulations.gate_backward(cx, gate, dy, gradient, (y, &self.output), samples)?;
-        let both = match (kept.all, self.output.needs_input()) {
-            (Some(all), _) => all.both,
+        let both = match (kept.both, self.output.needs_input()) {
+            (Some(both), _) => Some(both),
             (None, true) => Some(self.side_by_side(cx, joint, kept)?),
             (None, false) => None,
         };
