@@ -191,7 +191,7 @@ impl EngineChoice {
                 let card = card.filter(|_| is_half && Sizes::new(config).is_ok());
                 let taken = card.map(require_card);
                 if let Some(Err(error)) = &taken {
-                    tracing::info!("portable is taken: {error}");
+                    tracing::warn!("the engine `portable` is taken, which is slow: {error}");
                 }
                 Ok(match taken {
                     Some(Ok(())) => EngineName::Cuda,
