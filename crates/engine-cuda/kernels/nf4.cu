@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(NF4_THREADS)
     __shared__ float midpoints[256], largest_of_warp[NF4_THREADS / WARP];
     const long long i = (long long)blockIdx.x * 256 + threadIdx.x;
     const int t = threadIdx.x;
-    midpoints[t] = t < 255 ? (dynamic_value<true>(t) + dynamic_value<true>(t + 1)) / 2.0f : 0.0f;
+    midpoints[t] = t < 255 ? (SIGNED_MAP[t] + SIGNED_MAP[t + 1]) / 2.0f : 0.0f;
     const float value = i < num_blocks ? absmax[i] - *offset : 0.0f;
     float largest = group_max<WARP>(fabsf(value));
     if (threadIdx.x % WARP == 0) largest_of_warp[threadIdx.x / WARP] = largest;
@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(NF4_THREADS)
     nf4_dequantise_double(T* out, const unsigned char* packed, const unsigned char* codes, const float* nested_absmax,
                           const float* offset, long long n) {
     __shared__ float map[256];
-    map[threadIdx.x] = dynamic_value<true>(threadIdx.x); // dequantise has a barrier before the first use
+    map[threadIdx.x] = SIGNED_MAP[threadIdx.x]; // dequantise has a barrier before the first use
     const float mean = *offset;
     dequantise(out, packed, n, [&](long long block) {
         return nf4_double_scale(map, codes, nested_absmax, mean, block);

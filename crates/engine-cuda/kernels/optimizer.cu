@@ -177,7 +177,7 @@ static __device__ __forceinline__ void store_codes(unsigned char* codes, float* 
 }
 
 // 8-bit moments: parameters see the new moments before these are rounded to codes. The
-// grid should be small, because every block makes the maps anew.
+// grid should be small, because every block makes the midpoints anew.
 extern "C" __global__ void __launch_bounds__(STEP_THREADS)
     adamw_8bit(float* parameters, T* shadow, unsigned char* first, float* first_absmax, unsigned char* second,
                float* second_absmax, const float* gradients, const Block* blocks, int num_blocks,
@@ -185,8 +185,8 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS)
     if (*flag) return;
     __shared__ float signed_map[256], unsigned_map[256], signed_midpoints[256], unsigned_midpoints[256];
     const int t = threadIdx.x;
-    signed_map[t] = dynamic_value<true>(t);
-    unsigned_map[t] = dynamic_value<false>(t);
+    signed_map[t] = SIGNED_MAP[t];
+    unsigned_map[t] = UNSIGNED_MAP[t];
     __syncthreads();
     signed_midpoints[t] = t < 255 ? (signed_map[t] + signed_map[t + 1]) / 2.0f : 0.0f;
     unsigned_midpoints[t] = t < 255 ? (unsigned_map[t] + unsigned_map[t + 1]) / 2.0f : 0.0f;

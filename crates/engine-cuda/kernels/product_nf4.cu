@@ -73,7 +73,7 @@ static __device__ __forceinline__ void product(T* out, const T* x, const unsigne
                                   const unsigned char* packed, const unsigned char* codes,                             \
                                   const float* nested_absmax, const float* offset) {                                   \
         __shared__ float map[256];                                                                                     \
-        map[threadIdx.x] = dynamic_value<true>(threadIdx.x); /* product has a barrier before the first use */          \
+        map[threadIdx.x] = SIGNED_MAP[threadIdx.x]; /* product has a barrier before the first use */                   \
         const float mean = *offset;                                                                                    \
         product<ROWS>(out, x, packed, bias, rows, n, k, out_stride, [&](long long block) {                             \
             return nf4_double_scale(map, codes, nested_absmax, mean, block);                                           \

@@ -285,3 +285,36 @@ pub fn product(
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { s.launch(&PRODUCT_NF4, &[t.define()], &kernel, launch, args) }
 }
+
+#[cfg(test)]
+mod tests {
+    use quant::Codebook;
+
+    /// The numbers of a table in the kernels' shared header.
+    fn table(name: &str) -> Vec<f32> {
+        let header = include_str!("../../kernels/common.cuh");
+        let start = header
+            .find(&format!("{name}["))
+            .expect("the header has the table");
+        let (_, rest) = header[start..].split_once('{').expect("it has values");
+        let (values, _) = rest.split_once('}').expect("they end");
+        let numbers = values
+            .split(',')
+            .map(|value| value.trim().trim_end_matches('f'));
+        numbers
+            .map(|number| number.parse().expect("a number"))
+            .collect()
+    }
+
+    #[test]
+    fn the_kernels_tables_are_the_reference_forms() {
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        for (name, expected) in [
+            ("SIGNED_MAP", Codebook::signed_dynamic().values()),
+            ("UNSIGNED_MAP", Codebook::unsigned_dynamic().values()),
+            ("NF4_VALUES", &quant::nf4::VALUES),
+        ] {
+            assert_eq!(bits(&table(name)), bits(expected), "{name}");
+        }
+    }
+}
