@@ -12,9 +12,11 @@ use std::path::{Path, PathBuf};
 
 use artifacts::{CaptionRow, Digest, LatentCache, SampleRow, TextEmbeddings};
 use engine::MicroBatch;
-use flow_matching::{Density, Purpose, Scheduler, Stream, Weighting};
+use flow_matching::{Density, Purpose, Scheduler, Stream, TrainingPoint, Weighting};
+use half::f16;
 use mmdit::MmditConfig;
 use mmdit::patches::PATCH_CELLS;
+use rayon::prelude::*;
 
 use crate::batch::{LatentScaling, sample_posterior};
 use crate::error::TrainError;
@@ -199,24 +201,16 @@ impl TrainingData {
         order
     }
 
-    /// The uses `first_use` to `first_use + count` of a run, counted from 0 over all epochs.
+    /// The uses `first_use` to `first_use + count` of a run, counted from 0 over all epochs. They are read and drawn on all
+    /// cores: at FLUX.1-dev's sizes one takes 50 ms.
     ///
     /// # Errors
     ///
     /// If a latent or an embedding cannot be read, or is not finite.
     pub fn batch(&self, first_use: u64, count: usize) -> Result<MicroBatch, TrainError> {
-        let [channels, height, width] = self.latent_shape;
-        let mut batch = MicroBatch {
-            shape: [count, channels, height, width],
-            model_input: Vec::with_capacity(count * channels * height * width),
-            noise: Vec::new(),
-            points: Vec::with_capacity(count),
-            text_shape: self.text_shape,
-            prompt_embeds: Vec::new(),
-            pooled: Vec::new(),
-        };
         let per_epoch = self.pairs.len() as u64;
         let mut current: Option<(u64, Vec<usize>)> = None;
+        let mut uses = Vec::with_capacity(count);
         for index in first_use..first_use + count as u64 {
             let epoch = index / per_epoch;
             if current.as_ref().is_none_or(|(of, _)| *of != epoch) {
@@ -224,13 +218,38 @@ impl TrainingData {
             }
             let (_, order) = current.as_ref().expect("it was just made");
             let place = usize::try_from(index % per_epoch).expect("less than the number of pairs");
-            self.push(&mut batch, epoch, &self.pairs[order[place]])?;
+            uses.push((epoch, &self.pairs[order[place]]));
+        }
+        let samples: Vec<Result<Sample, TrainError>> = uses
+            .into_par_iter()
+            .map(|(epoch, pair)| self.sample(epoch, pair))
+            .collect();
+
+        let [channels, height, width] = self.latent_shape;
+        let [tokens, text_width] = self.text_shape;
+        let cells = channels * height * width;
+        let mut batch = MicroBatch {
+            shape: [count, channels, height, width],
+            model_input: Vec::with_capacity(count * cells),
+            noise: Vec::with_capacity(count * cells),
+            points: Vec::with_capacity(count),
+            text_shape: self.text_shape,
+            prompt_embeds: Vec::with_capacity(count * tokens * text_width),
+            pooled: Vec::new(),
+        };
+        for sample in samples {
+            let sample = sample?;
+            batch.model_input.extend(sample.model_input);
+            batch.noise.extend(sample.noise);
+            batch.points.push(sample.point);
+            batch.prompt_embeds.extend(sample.prompt_embeds);
+            batch.pooled.extend(sample.pooled);
         }
         Ok(batch)
     }
 
-    /// Adds one use of a pair.
-    fn push(&self, batch: &mut MicroBatch, epoch: u64, pair: &Pair) -> Result<(), TrainError> {
+    /// One use of a pair.
+    fn sample(&self, epoch: u64, pair: &Pair) -> Result<Sample, TrainError> {
         let Sampling {
             seed,
             density,
@@ -246,34 +265,39 @@ impl TrainingData {
         let latent = self.latents.get(&pair.sample_id, view)?;
         let drawn = stream(Purpose::Posterior).normals(latent.mean.len());
         let z = sample_posterior(&latent.mean, &latent.logvar, &drawn);
-        batch.model_input.extend(scaling.apply(z));
-        batch
-            .noise
-            .extend(stream(Purpose::Noise).normals(latent.mean.len()));
         let u = density.draw(&mut stream(Purpose::Timestep));
-        batch.points.push(scheduler.training_point(u, *weighting));
 
         let embedding = self
             .embeddings
             .get(&pair.caption_hash)?
             .expect("every caption's embedding was found when the data were opened");
-        let first = batch.prompt_embeds.len();
-        batch
-            .prompt_embeds
-            .extend(embedding.t5.iter().map(|v| v.to_f32()));
-        batch
-            .pooled
-            .extend(embedding.pooled.iter().map(|v| v.to_f32()));
-        let numbers = batch.prompt_embeds[first..].iter().chain(&batch.pooled);
-        if !numbers.into_iter().all(|value| value.is_finite()) {
+        let wide = |values: &[f16]| values.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
+        let (prompt_embeds, pooled) = (wide(&embedding.t5), wide(&embedding.pooled));
+        let mut numbers = prompt_embeds.iter().chain(&pooled);
+        if !numbers.all(|value| value.is_finite()) {
             let caption = self.embeddings.caption(&pair.caption_hash);
             return Err(TrainError::EmbeddingNotFinite {
                 path: self.embeddings_path.clone(),
                 caption: caption.unwrap_or_default().to_owned(),
             });
         }
-        Ok(())
+        Ok(Sample {
+            model_input: scaling.apply(z),
+            noise: stream(Purpose::Noise).normals(latent.mean.len()),
+            point: scheduler.training_point(u, *weighting),
+            prompt_embeds,
+            pooled,
+        })
     }
+}
+
+/// What a use of a pair adds to a batch.
+struct Sample {
+    model_input: Vec<f32>,
+    noise: Vec<f32>,
+    point: TrainingPoint,
+    prompt_embeds: Vec<f32>,
+    pooled: Vec<f32>,
 }
 
 /// Views and their shapes of every image in the cache, in the order of the views.
