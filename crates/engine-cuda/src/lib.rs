@@ -27,9 +27,6 @@ extern crate self as engine_cuda;
 pub mod arena;
 pub mod device;
 pub mod error;
-#[cfg(test)]
-#[path = "../tests/gpu/full_setting.rs"]
-mod full_setting;
 pub mod gemm;
 pub mod half_type;
 mod handles;

@@ -1,7 +1,7 @@
 //! Training of all weights as it is tested: options, tables that batches come from, `mmdit`'s loss and gradients under
 //! automatic differentiation.
 //!
-//! Tests on a card and the library's unit tests, which take this file in by its path, share all of it.
+//! The library's unit tests keep data of their own, under which their narrower bound holds.
 
 use std::collections::BTreeMap;
 

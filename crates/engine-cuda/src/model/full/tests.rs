@@ -1,52 +1,191 @@
 //! All gradients against `mmdit` under automatic differentiation, and the optimiser against its formulas, without a GPU.
 
+use flow_matching::weighted_mse;
+use mmdit::{Adapters, BaseWeights, LoadOptions, Mmdit, MmditConfig, MmditInput};
+use tensor::device::{cpu, training};
+use tensor::{ParameterSpec, Precision, Tensor, Weights, from_f32, to_f32};
+
 use super::*;
-use crate::full_setting::{Gradients, SEED, Setting};
-use crate::networks::{distance, weights};
+use crate::model::engine::tokens_of;
+use crate::ops::draw::{Purpose, normals};
 
 const T: Half = Half::F16;
+const SHAPE: Shape = Shape {
+    b: 2,
+    text: 3,
+    latent_cells: [4, 6],
+};
+const PICTURES: [u32; 2] = [2, 0];
+const TEXTS: [u32; 2] = [1, 3];
+const SIGMAS: [f32; 2] = [0.3, 0.8];
+const ROWS: usize = 4;
+const SEED: u64 = 0x1234_5678_9abc;
 
-fn setting(label: &'static str, guidance_embeds: bool) -> Setting {
-    Setting {
-        label,
-        config: MmditConfig {
-            num_layers: 2,
-            guidance_embeds,
-            ..MmditConfig::tiny()
-        },
-        shape: Shape {
-            b: 3,
-            text: 3,
-            latent_cells: [4, 6],
-        },
+fn numbers(seed: usize, count: usize, scale: f32) -> Vec<f32> {
+    let mut state = seed as u32 * 7919 + 1;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * scale
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn config(guidance_embeds: bool) -> MmditConfig {
+    MmditConfig {
+        num_layers: 2,
+        num_single_layers: 2,
+        num_attention_heads: 2,
+        attention_head_dim: 8,
+        axes_dims_rope: [2, 2, 4],
+        joint_attention_dim: 6,
+        pooled_projection_dim: 5,
+        guidance_embeds,
+        in_channels: 8,
+        out_channels: 8,
+        patch_size: 1,
     }
 }
 
-fn guided() -> Setting {
-    setting("with guidance", true)
+fn initial(spec: &ParameterSpec) -> Vec<f32> {
+    let seed = spec
+        .name
+        .bytes()
+        .fold(0, |sum, byte| sum * 31 % 65_521 + byte as usize);
+    let count = spec.num_elements() as usize;
+    let values = match spec.shape.as_slice() {
+        [_, inputs] => numbers(seed, count, (3.0 / *inputs as f32).sqrt()),
+        _ if spec.name.contains(".norm_") => {
+            numbers(seed, count, 0.2).iter().map(|v| 1.0 + v).collect()
+        }
+        _ => numbers(seed, count, 0.1),
+    };
+    T.to_f32(&T.from_f32(&values))
 }
 
-fn plain() -> Setting {
-    setting("without guidance", false)
-}
-
-/// A decay and a bound of the norm that are felt in a few steps.
-fn options(setting: &Setting) -> FullOptions {
+fn options(guidance_embeds: bool) -> FullOptions {
     FullOptions {
+        t: T,
+        shape: SHAPE,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
         weight_decay: 0.1,
         max_grad_norm: 0.5,
-        ..setting.options(T)
+        ema_decay: 0.999,
+        guidance: guidance_embeds.then_some(0.7),
+        loss_scale: 256.0,
     }
 }
 
-fn trainer(setting: &Setting) -> FullTrainer {
-    let weights = weights(&setting.config, T);
-    let mut trainer = setting.trainer(Stream::host(), options(setting), &weights);
+/// Means and deviations of latents, text states, pooled captions.
+fn tables(config: &MmditConfig) -> [Vec<f32>; 4] {
+    let latent = config.in_channels / 4 * SHAPE.latent_cells.iter().product::<usize>();
+    [
+        numbers(1, ROWS * latent, 1.0),
+        numbers(2, ROWS * latent, 0.3)
+            .iter()
+            .map(|v| v.abs())
+            .collect(),
+        numbers(3, ROWS * SHAPE.text * config.joint_attention_dim, 1.0),
+        numbers(4, ROWS * config.pooled_projection_dim, 1.0),
+    ]
+}
+
+fn trainer(guidance_embeds: bool) -> FullTrainer {
+    let config = config(guidance_embeds);
+    let options = options(guidance_embeds);
+    let mut trainer =
+        FullTrainer::new(Stream::host(), &config, &mut initial, options).expect("there is memory");
     trainer.use_graphs(false);
+    let [mean, deviation, states, pooled] = tables(&config);
+    trainer
+        .set_latents(&mean, &deviation, ROWS)
+        .expect("there is memory");
+    trainer
+        .set_texts(&states, &pooled, ROWS)
+        .expect("there is memory");
     trainer
 }
 
-fn all(tensors: &Gradients) -> Vec<f32> {
+fn picked(table: &[f32], rows: &[u32]) -> Vec<f32> {
+    let width = table.len() / ROWS;
+    let row = |row: &u32| &table[*row as usize * width..][..width];
+    rows.iter().flat_map(row).copied().collect()
+}
+
+/// Loss and gradients of every parameter.
+fn expected(config: &MmditConfig) -> (f32, Vec<(ParameterSpec, Vec<f32>)>) {
+    let device = training(&cpu());
+    let leaves: Vec<(ParameterSpec, Tensor<1>)> = config
+        .parameters()
+        .into_iter()
+        .map(|spec| {
+            let values = initial(&spec);
+            let len = values.len();
+            let leaf = from_f32(values, [len], &device).require_grad();
+            (spec, leaf)
+        })
+        .collect();
+    let options = LoadOptions {
+        device: device.clone(),
+        precision: Precision::F32,
+        base: BaseWeights::Plain,
+    };
+    let weights = Weights::from_tensors(leaves.clone());
+    let model = Mmdit::load(&weights, config.clone(), &options).expect("all parameters");
+    let [mean, deviation, states, pooled] = tables(config);
+    let [h, w] = SHAPE.latent_cells;
+    let tokens = |table: &[f32]| {
+        tokens_of(
+            &picked(table, &PICTURES),
+            [SHAPE.b, config.in_channels / 4, h, w],
+        )
+    };
+    let (mean, deviation) = (tokens(&mean), tokens(&deviation));
+    let count = mean.len();
+    let posterior = normals(SEED, Purpose::Posterior, count);
+    let noise = normals(SEED, Purpose::Noise, count);
+    let x0: Vec<f32> = (0..count)
+        .map(|i| mean[i] + deviation[i] * posterior[i])
+        .collect();
+    let mix = |i: usize| SIGMAS[i / (count / SHAPE.b)];
+    let noisy = (0..count)
+        .map(|i| (1.0 - mix(i)) * x0[i] + mix(i) * noise[i])
+        .collect();
+    let target = (0..count).map(|i| noise[i] - x0[i]).collect();
+    let dims = [SHAPE.b, SHAPE.image(), config.in_channels];
+    let text = [SHAPE.b, SHAPE.text, config.joint_attention_dim];
+    let input = MmditInput {
+        hidden_states: from_f32(noisy, dims, &device),
+        encoder_hidden_states: from_f32(picked(&states, &TEXTS), text, &device),
+        pooled_projections: from_f32(
+            picked(&pooled, &TEXTS),
+            [SHAPE.b, config.pooled_projection_dim],
+            &device,
+        ),
+        timestep: &SIGMAS,
+        guidance: config.guidance_embeds.then_some(&[0.7; 2]),
+        rope: &model.rope(SHAPE.text, SHAPE.latent_cells),
+    };
+    let velocity = model.forward(&input, &Adapters::none());
+    let loss = weighted_mse(velocity, from_f32(target, dims, &device), &[1.0; 2]);
+    let value = to_f32(&loss)[0];
+    let gradients = loss.backward();
+    let gradients = leaves
+        .into_iter()
+        .map(|(spec, leaf)| (spec, to_f32(&leaf.grad(&gradients).expect("a leaf"))))
+        .collect();
+    (value, gradients)
+}
+
+fn distance(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+    let difference = norm(&mut found.iter().zip(expected).map(|(f, e)| f - e));
+    difference / norm(&mut expected.iter().copied())
+}
+
+fn all(tensors: &[(ParameterSpec, Vec<f32>)]) -> Vec<f32> {
     tensors
         .iter()
         .flat_map(|(_, values)| values)
@@ -56,17 +195,20 @@ fn all(tensors: &Gradients) -> Vec<f32> {
 
 #[test]
 fn loss_and_the_gradients_of_all_weights_are_those_of_the_portable_network() {
-    for setting in [guided(), plain()] {
-        let (loss, expected) = setting.expected(&weights(&setting.config, T));
-        let (found_loss, found) = setting.gradients(&mut trainer(&setting), SEED);
+    for guidance in [true, false] {
+        let (loss, expected) = expected(&config(guidance));
+        let mut trainer = trainer(guidance);
+        let (found_loss, found) = trainer
+            .gradients(&PICTURES, &TEXTS, &SIGMAS, SEED)
+            .expect("it runs");
         assert!(
             (found_loss / loss - 1.0).abs() < 2e-3,
-            "{found_loss} {loss} {}",
-            setting.label
+            "{found_loss} {loss}"
         );
-        let largest = all(&expected)
+        let largest = expected
             .iter()
-            .fold(0.0f32, |most, v| most.max(v.abs()));
+            .map(|(_, g)| g.iter().fold(0.0f32, |most, v| most.max(v.abs())))
+            .fold(0.0, f32::max);
         for ((spec, found), (other, expected)) in found.iter().zip(&expected) {
             assert_eq!(spec, other);
             // A key's bias moves all scores of a query alike: its gradient is nothing but rounding.
@@ -74,12 +216,7 @@ fn loss_and_the_gradients_of_all_weights_are_those_of_the_portable_network() {
                 continue;
             }
             let off = distance(found, expected);
-            assert!(
-                off < 2e-2,
-                "{} {} is off by {off}",
-                spec.name,
-                setting.label
-            );
+            assert!(off < 2e-2, "{} is off by {off}", spec.name);
         }
         let off = distance(&all(&found), &all(&expected));
         assert!(off < 4e-3, "all together are off by {off}");
@@ -88,17 +225,20 @@ fn loss_and_the_gradients_of_all_weights_are_those_of_the_portable_network() {
 
 #[test]
 fn a_step_is_pretrains_arithmetic_on_the_same_gradients() {
-    let setting = plain();
-    let mut trainer = trainer(&setting);
-    let o = options(&setting);
+    let mut trainer = trainer(false);
+    let o = options(false);
     let mut values = all(&trainer.weights(false).expect("they are there"));
     let (mut first, mut second) = (vec![0.0f32; values.len()], vec![0.0f32; values.len()]);
     let mut averaged = values.clone();
     for step in 0..3u64 {
-        let (_, gradients) = setting.gradients(&mut trainer, SEED + step);
+        let (_, gradients) = trainer
+            .gradients(&PICTURES, &TEXTS, &SIGMAS, SEED + step)
+            .expect("it runs");
         let gradients = all(&gradients);
         let rate = 1e-2 / (step + 1) as f64;
-        setting.step(&mut trainer, SEED + step, rate);
+        trainer
+            .step(&PICTURES, &TEXTS, &SIGMAS, SEED + step, rate)
+            .expect("it runs");
         let norm = gradients.iter().map(|g| g * g).sum::<f32>().sqrt();
         assert!(norm > o.max_grad_norm as f32, "{norm} is not clipped");
         let report = trainer.report().expect("it ran");
@@ -130,11 +270,12 @@ fn a_step_is_pretrains_arithmetic_on_the_same_gradients() {
 
 #[test]
 fn thirty_steps_on_one_batch_make_the_loss_fall() {
-    let setting = plain();
-    let mut trainer = trainer(&setting);
+    let mut trainer = trainer(false);
     let mut losses = Vec::new();
     for _ in 0..30 {
-        setting.step(&mut trainer, SEED, 3e-3);
+        trainer
+            .step(&PICTURES, &TEXTS, &SIGMAS, SEED, 3e-3)
+            .expect("it runs");
         losses.push(trainer.report().expect("it ran").loss);
     }
     assert!(losses[29] < 0.8 * losses[0], "{losses:?}");
@@ -142,15 +283,17 @@ fn thirty_steps_on_one_batch_make_the_loss_fall() {
 
 #[test]
 fn a_restored_run_goes_on_to_the_same_bits() {
-    let setting = guided();
-    let mut straight = trainer(&setting);
+    let mut straight = trainer(true);
     let step = |trainer: &mut FullTrainer| {
-        setting.step(trainer, SEED + trainer.num_steps(), 1e-2);
+        let seed = SEED + trainer.num_steps();
+        trainer
+            .step(&PICTURES, &TEXTS, &SIGMAS, seed, 1e-2)
+            .expect("it runs");
     };
     step(&mut straight);
     let kept = straight.state().expect("it is there");
     step(&mut straight);
-    let mut resumed = trainer(&setting);
+    let mut resumed = trainer(true);
     resumed.restore(&kept).expect("it is of this model");
     step(&mut resumed);
     assert!(resumed.state().expect("it is there") == straight.state().expect("it is there"));
