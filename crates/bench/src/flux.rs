@@ -247,20 +247,17 @@ fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {
     };
     let mut rows = measure(&sections, &FIRST_IMAGE, &mut tell)?;
     if bench.gpu {
-        let row = match training_run::row(bench.train_steps) {
-            Ok(row) => row,
-            Err(error) => json!({ "error": error.to_string() }),
+        let mut add = |name: &str, outcome: Result<Value, String>| {
+            let row = outcome.unwrap_or_else(|error| json!({ "error": error }));
+            tell(name, &row);
+            rows.insert(name.to_owned(), row);
         };
-        tell("bf16_training_run", &row);
-        rows.insert("bf16_training_run".to_owned(), row);
-    }
-    if let Some(duration) = bench.soak.filter(|_| bench.gpu) {
-        let row = match soak(duration) {
-            Ok(row) => row,
-            Err(error) => json!({ "error": error.to_string() }),
-        };
-        tell("nf4_soak", &row);
-        rows.insert("nf4_soak".to_owned(), row);
+        let run = training_run::row(bench.train_steps);
+        add("bf16_training_run", run.map_err(|error| error.to_string()));
+        if let Some(duration) = bench.soak {
+            let outcome = soak(duration).map_err(|error| error.to_string());
+            add("nf4_soak", outcome);
+        }
     }
     let peer = match &bench.peer {
         Some((python, script)) => Some(peer_rows(python, script, &mut tell)?),

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::model::{EngineOptions, Recompute, Shape, TrainingOptions, WeightForm};
-use crate::plan::{LoraSize, PlanRequest, lora_sizes, plan};
+use crate::plan::{LoraSize, PlanRequest, fit, lora_sizes, plan};
 use crate::stream::{OpenOptions, Rates, Stream, Work};
 
 pub use first::draw_first;
@@ -217,6 +217,19 @@ fn request(
             max_grad_norm: 1.0,
         },
     }
+}
+
+/// How many blocks are computed again so that four images a step fit into a card of 24 GB, if any number will do.
+fn within_24_gb(
+    config: &MmditConfig,
+    options: EngineOptions,
+    lora: &[LoraSize],
+) -> Outcome<Option<Recompute>> {
+    /// A card of 24 GB, less what the driver takes.
+    const LIMIT_BYTES: usize = 23_500_000_000;
+    let request = request(config, options, lora, 4, Recompute::Nothing);
+    let fitting = fit(&request, LIMIT_BYTES, Rates::H100)?;
+    Ok(fitting.map(|(recompute, _)| recompute))
 }
 
 #[cfg(test)]

@@ -5,13 +5,13 @@ use std::time::Instant;
 use mmdit::MmditConfig;
 use serde_json::{Map, Value, json};
 
-use super::{Outcome, STEPS, TARGETS, Table, median, open, request, shape};
+use super::{Outcome, STEPS, TARGETS, Table, median, open, request, shape, within_24_gb};
 use crate::Half;
 use crate::gemm::WORKSPACE_BYTES;
 use crate::model::{
     Engine, EngineOptions, MicroBatch, NormalWeights, Recompute, SamplerInput, Shape, WeightForm,
 };
-use crate::plan::{PlanRequest, fit, lora_sizes, plan, untrained};
+use crate::plan::{PlanRequest, lora_sizes, plan, untrained};
 use crate::stream::{Rates, Stream, Work};
 
 /// Random host values of a batch.
@@ -84,11 +84,7 @@ pub(super) fn model_rows(table: &mut Table, name: &str, form: WeightForm) -> Out
         ("recompute_b4", 4, Recompute::Everything),
         ("keep_b4", 4, Recompute::Nothing),
     ];
-    if let Some((recompute, _)) = fit(
-        &request(&config, options, &lora, 4, Recompute::Nothing),
-        23_500_000_000,
-        Rates::H100,
-    )? {
+    if let Some(recompute) = within_24_gb(&config, options, &lora)? {
         lines.push(("within_24GB_b4", 4, recompute));
     }
     for (line, b, recompute) in lines {

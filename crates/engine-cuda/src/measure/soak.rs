@@ -6,11 +6,11 @@ use mmdit::MmditConfig;
 use serde_json::{Value, json};
 
 use super::network::Batch;
-use super::{Outcome, TARGETS, open, request};
+use super::{Outcome, TARGETS, open, request, within_24_gb};
 use crate::half_type::Half;
-use crate::model::{Engine, EngineOptions, NormalWeights, Recompute, WeightForm};
-use crate::plan::{PlanRequest, fit, lora_sizes, untrained};
-use crate::stream::{Rates, Stream};
+use crate::model::{Engine, EngineOptions, NormalWeights, WeightForm};
+use crate::plan::{PlanRequest, lora_sizes, untrained};
+use crate::stream::Stream;
 
 /// Steps before memory counts: libraries are loaded and work is recorded in these.
 const WARM_STEPS: usize = 10;
@@ -27,10 +27,9 @@ pub fn soak(duration: Duration) -> Outcome<Value> {
         form: WeightForm::Nf4 { double_quant: true },
     };
     let lora = lora_sizes(&config, &TARGETS, 4);
-    let mut asked = request(&config, options, &lora, 4, Recompute::Nothing);
-    if let Some((recompute, _)) = fit(&asked, 23_500_000_000, Rates::H100)? {
-        asked.training.recompute = recompute;
-    }
+    let recompute = within_24_gb(&config, options, &lora)?;
+    let recompute = recompute.expect("an NF4 base leaves room for four images");
+    let asked = request(&config, options, &lora, 4, recompute);
     train_for(open()?, &asked, duration)
 }
 
@@ -84,6 +83,7 @@ fn train_for(stream: Stream, asked: &PlanRequest, duration: Duration) -> Outcome
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Recompute;
 
     #[test]
     fn even_no_time_at_all_takes_a_step() {
