@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use console::print_line;
+use console::{note_line, print_line};
 use engine_cuda::CudaError;
 use engine_cuda::measure::{MEASURED, PREDICTED, draw_first, measure, soak};
 use pipeline::{Failure, FailureKind, StageError};
@@ -37,7 +37,7 @@ pub struct FluxBench {
     pub train_steps: u32,
     /// How long to train after all else, to see whether device memory grows.
     pub soak: Option<Duration>,
-    /// Print one JSON document on stdout, and nothing else there.
+    /// Print one JSON document on stdout, and nothing else there; rows are told on stderr as they come.
     pub json: bool,
 }
 
@@ -240,11 +240,8 @@ fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {
         true => PREDICTED.iter().chain(&MEASURED).copied().collect(),
         false => PREDICTED.to_vec(),
     };
-    let mut tell = |name: &str, value: &Value| {
-        if !bench.json {
-            print_line(&format!("{name} {value}"));
-        }
-    };
+    let say = if bench.json { note_line } else { print_line };
+    let mut tell = |name: &str, value: &Value| say(&format!("{name} {value}"));
     let mut rows = measure(&sections, &FIRST_IMAGE, &mut tell)?;
     if bench.gpu {
         let mut add = |name: &str, outcome: Result<Value, String>| {

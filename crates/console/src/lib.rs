@@ -10,6 +10,6 @@ mod output;
 mod progress;
 mod tracing_setup;
 
-pub use output::{print_document, print_line, shown_path, tell};
+pub use output::{note_line, print_document, print_line, shown_path, tell};
 pub use progress::{Job, Progress, human_seconds};
 pub use tracing_setup::init_tracing;

@@ -14,6 +14,13 @@ pub fn print_line(text: &str) {
     });
 }
 
+/// Prints a line on stderr, where stdout is for a document: what is already known, of work that takes long.
+pub fn note_line(text: &str) {
+    above_the_bars(|| {
+        let _ = writeln!(std::io::stderr(), "{text}");
+    });
+}
+
 /// Prints the one JSON document of a command on stdout.
 pub fn print_document(document: &serde_json::Value) {
     print_line(&format!("{document:#}"));

@@ -22,6 +22,7 @@ constexpr int SLICES = HEAD_DIM / 64;
 constexpr int R_D = HEAD_DIM / 2;           // accumulator registers of 64 × HEAD_DIM
 constexpr int OWN_ROWS = 128;               // queries (or keys) of a block, 64 for each computing warpgroup
 constexpr int THREADS = 384;                // one loading warpgroup, two computing
+constexpr int WARPS = 8;                     // that compute
 #define FORWARD_KEYS 128                    // keys of a tile in the forward pass
 constexpr int FORWARD_STAGES = 2;
 constexpr int BACKWARD_ROWS = 64;           // rows of a streamed tile in the backward pass
@@ -263,14 +264,15 @@ __device__ __forceinline__ void load_tile(unsigned to, const TensorMap& map, uns
             tma_load(to + (slice * boxes + box) * box_rows * 128, map, barrier, slice * 64, token + box * box_rows, head, batch);
 }
 
-// Barriers of a ring of tiles: `full` is completed by the copy engine, `empty` by the eight computing warps.
+// Barriers of a ring of tiles: `full` is completed by the copy engine, `empty` by the computing threads that give a stage back: one
+// lane of each of the eight warps where only products read it, every lane where lanes read statistics of it themselves.
 struct Ring {
     unsigned full, empty;
     int stages;
-    __device__ __forceinline__ void init() const {
+    __device__ __forceinline__ void init(int givers) const {
         for (int i = 0; i < stages; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 8);
+            barrier_init(empty + 8 * i, givers);
         }
     }
     __device__ __forceinline__ void wait_full(int i) const { barrier_wait(full + 8 * (i % stages), (i / stages) & 1); }
@@ -278,8 +280,9 @@ struct Ring {
         if (i >= stages) barrier_wait(empty + 8 * (i % stages), ((i / stages) & 1) ^ 1);
     }
     __device__ __forceinline__ void release(int i, int lane) const {
-        if (lane == 0) barrier_arrive(empty + 8 * (i % stages));
+        if (lane == 0) release_for_itself(i);
     }
+    __device__ __forceinline__ void release_for_itself(int i) const { barrier_arrive(empty + 8 * (i % stages)); }
 };
 
 // Grid (⌈n / 128⌉, h, b), FORWARD_SHARED bytes. Boxes: q 128 rows, k and v FORWARD_KEYS rows.
@@ -294,8 +297,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     const int tiles = (n + FORWARD_KEYS - 1) / FORWARD_KEYS;
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1);
-        k_ring.init();
-        v_ring.init();
+        k_ring.init(WARPS);
+        v_ring.init(WARPS);
         barrier_init_done();
     }
     __syncthreads();
@@ -471,10 +474,7 @@ __device__ __forceinline__ void keys_gradient(const Backward& block, float (&dk)
         hold(dk);
         hold(dv);
         hold(ds);
-        if (i > 0) {
-            __syncwarp();  // lane 0 gives the stage back for all lanes that have read its statistics
-            block.ring.release(i - 1, block.lane);
-        }
+        if (i > 0) block.ring.release_for_itself(i - 1);  // a lane 0 that did it for all could come before another's reads
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 l = shared_load_float2(statistics + BACKWARD_ROWS * 4 + 32 * j);
@@ -606,7 +606,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward(
     const float* lse2 = delta + (long long)h * b * n_pad;
     if (threadIdx.x == 0) {
         barrier_init(own_full, 1);
-        ring.init();
+        ring.init(keys ? 32 * WARPS : WARPS);
         barrier_init_done();
     }
     __syncthreads();
