@@ -24,6 +24,7 @@ type Probe<'a> = &'a mut dyn FnMut(&str, &Tensor<4>);
 #[derive(Debug)]
 pub struct Autoencoder {
     config: AutoencoderConfig,
+    precision: Precision,
     encoder: Encoder,
     quant_conv: Option<Conv>,
     post_quant_conv: Option<Conv>,
@@ -66,9 +67,21 @@ impl Autoencoder {
         device: &Device,
         precision: Precision,
     ) -> Result<Self, AutoencoderError> {
+        let (config, weights) = Self::look_at(dir)?;
+        Self::load(&weights, &config, device, precision)
+    }
+
+    /// Configuration and weights of `dir`, checked as [`Self::open`] checks them and not loaded: for who needs them late
+    /// and wants to know early.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn look_at(dir: &Path) -> Result<(AutoencoderConfig, Weights), AutoencoderError> {
         let config = AutoencoderConfig::from_file(&dir.join("config.json"))?;
         let weights = Weights::open(dir, "diffusion_pytorch_model")?;
-        Self::load(&weights, &config, device, precision)
+        weights.check(&config.parameters())?;
+        Ok((config, weights))
     }
 
     /// Builds the autoencoder from its weights, after a check of all names and shapes.
@@ -99,6 +112,7 @@ impl Autoencoder {
             quant_conv: pointwise(config.use_quant_conv, "quant_conv", 2 * z)?,
             post_quant_conv: pointwise(config.use_post_quant_conv, "post_quant_conv", z)?,
             decoder: Decoder::load(&loader, config)?,
+            precision,
             config: config.clone(),
         })
     }
@@ -108,7 +122,8 @@ impl Autoencoder {
         &self.config
     }
 
-    /// Distribution of the latents of pictures in [−1, 1]: `(b, 3, H, W)` → `(b, c, H/f, W/f)`.
+    /// Distribution of the latents of pictures in [−1, 1]: `(b, 3, H, W)` → `(b, c, H/f, W/f)`, in the precision that
+    /// the weights were loaded in, whatever the pictures come in.
     ///
     /// # Panics
     ///
@@ -135,6 +150,7 @@ impl Autoencoder {
         if let Err(error) = self.config.check_size(width_px, height_px) {
             panic!("{error}");
         }
+        let pictures = pictures.cast(self.precision.dtype());
         let mut moments = self.encoder.forward(pictures, probe);
         if let Some(conv) = &self.quant_conv {
             moments = conv.forward(moments);
@@ -149,7 +165,8 @@ impl Autoencoder {
         }
     }
 
-    /// Pictures, nominally in [−1, 1], of latents: `(b, c, h, w)` → `(b, 3, f·h, f·w)`.
+    /// Pictures, nominally in [−1, 1], of latents: `(b, c, h, w)` → `(b, 3, f·h, f·w)`, in the precision that the
+    /// weights were loaded in, whatever the latents come in.
     ///
     /// # Panics
     ///
@@ -168,6 +185,7 @@ impl Autoencoder {
     pub fn decode_traced(&self, latents: Tensor<4>, probe: Probe) -> Tensor<4> {
         let [_, c, _, _] = latents.dims();
         assert_eq!(c, self.config.latent_channels, "channels of the latents");
+        let latents = latents.cast(self.precision.dtype());
         let latents = match &self.post_quant_conv {
             Some(conv) => conv.forward(latents),
             None => latents,
@@ -381,6 +399,10 @@ mod tests {
 
     /// Different, reproducible values for every parameter.
     fn model(config: &AutoencoderConfig) -> Autoencoder {
+        in_precision(config, Precision::F32)
+    }
+
+    fn in_precision(config: &AutoencoderConfig, precision: Precision) -> Autoencoder {
         let mut state = 7u32;
         let weights = Weights::from_values(config.parameters().into_iter().map(|spec| {
             let values = (0..spec.num_elements())
@@ -391,7 +413,7 @@ mod tests {
                 .collect();
             (spec, values)
         }));
-        Autoencoder::load(&weights, config, &cpu(), Precision::F32).expect("all weights are there")
+        Autoencoder::load(&weights, config, &cpu(), precision).expect("all weights are there")
     }
 
     fn picture(b: usize, h: usize, w: usize) -> Tensor<4> {
@@ -414,6 +436,30 @@ mod tests {
         assert_eq!(posterior.mean.dims(), [1, 2, 2, 3]);
         assert_eq!(posterior.logvar.dims(), [1, 2, 2, 3]);
         assert_eq!(model.decode(posterior.mean).dims(), [1, 3, 4, 6]);
+    }
+
+    #[test]
+    fn what_comes_in_another_precision_than_the_weights_is_converted() {
+        let exact = model(&tiny());
+        let mean = exact.encode(picture(1, 4, 6)).mean;
+        let decoded = to_f32(&exact.decode(mean.clone()));
+        for precision in [Precision::Bf16, Precision::F16] {
+            let model = in_precision(&tiny(), precision);
+            let rounded = model.encode(picture(1, 4, 6)).mean;
+            assert_eq!(rounded.dtype(), precision.dtype());
+            for (found, expected) in [
+                (to_f32(&rounded), to_f32(&mean)),
+                (to_f32(&model.decode(mean.clone())), decoded.clone()),
+            ] {
+                let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert!(
+                        (found - expected).abs() <= 0.05 * largest,
+                        "{found} {expected}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Between batches of 8-bit pictures and tensors in the model's range [−1, 1]; the formulas are `pixel-art`'s.
 
 use pixel_art::{Rgb8, from_model_range, to_model_range};
-use tensor::{Device, Precision, Tensor, TensorData};
+use tensor::{DType, Device, Tensor, TensorData};
 
-/// Equally large pictures, row by row with interleaved channels (RGB), to `(b, 3, H, W)` in [−1, 1].
+/// Equally large pictures, row by row with interleaved channels (RGB), to `(b, 3, H, W)` in [−1, 1], in `f32`.
 ///
 /// # Panics
 ///
@@ -13,7 +13,6 @@ pub fn from_rgb8(
     width_px: usize,
     height_px: usize,
     device: &Device,
-    precision: Precision,
 ) -> Tensor<4> {
     assert!(!pictures.is_empty(), "a batch of no pictures");
     let (width, height) = (side(width_px), side(height_px));
@@ -22,7 +21,7 @@ pub fn from_rgb8(
         values.extend(to_model_range(&Rgb8::new(width, height, rgb.to_vec())));
     }
     let data = TensorData::new(values, [pictures.len(), 3, height_px, width_px]);
-    Tensor::from_data(data, (device, precision.dtype()))
+    Tensor::from_data(data, (device, DType::F32))
 }
 
 /// `(b, 3, H, W)` in [−1, 1] to one RGB buffer per picture, row by row with interleaved channels.
@@ -53,7 +52,7 @@ mod tests {
     #[test]
     fn interleaved_channels_become_planes_and_come_back() {
         let picture: Vec<u8> = (0..18).map(|i| i * 14).collect(); // 3×2 pixels
-        let planes = from_rgb8(&[&picture, &picture], 3, 2, &cpu(), Precision::F32);
+        let planes = from_rgb8(&[&picture, &picture], 3, 2, &cpu());
         assert_eq!(planes.dims(), [2, 3, 2, 3]);
         let values = tensor::to_f32(&planes);
         let in_range = |byte: u8| 2.0 * (f32::from(byte) / 255.0) - 1.0;

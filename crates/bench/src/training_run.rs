@@ -159,7 +159,7 @@ fn measure(
     let start = Instant::now();
     let lora = untrained_lora(config, train)?;
     let [_, rows, columns] = data.latent_shape();
-    let work = workload(train, data.text_shape()[0], [rows, columns]);
+    let work = workload(train, data.text_shape()[0], [rows, columns], None);
     let engine = open(&lora, LoraOptimizer::of(train, &lora), work)?;
     let load_s = start.elapsed().as_secs_f64();
 

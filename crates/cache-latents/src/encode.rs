@@ -71,9 +71,7 @@ pub(crate) fn encode(
                 .iter()
                 .map(|picture| picture.pixels.as_slice())
                 .collect();
-            let posterior = vae.encode(pixels::from_rgb8(
-                &bytes, side_px, side_px, &device, precision,
-            ));
+            let posterior = vae.encode(pixels::from_rgb8(&bytes, side_px, side_px, &device));
             let [_, c, h, w] = posterior.mean.dims();
             let (means, logvars) = (to_f32(&posterior.mean), to_f32(&posterior.logvar));
             let size = c * h * w;

@@ -214,7 +214,7 @@ fn a_latent_is_the_posterior_of_the_scaled_picture() {
         let bytes = fs_err::read(world.path("data").join(&sample.source_file)).expect("readable");
         let decoded = pixel_art::decode(&bytes, &Limits { max_pixels: 100 }).expect("a PNG");
         let placed = pixel_art::place_on_canvas(&decoded.picture, 16, [255; 3]).expect("it fits");
-        let picture = pixels::from_rgb8(&[&placed.picture.pixels], 16, 16, &cpu(), Precision::F32);
+        let picture = pixels::from_rgb8(&[&placed.picture.pixels], 16, 16, &cpu());
         let expected = vae.encode(picture);
         let latent = cache.get(&sample.sample_id, 0).expect("it was cached");
         assert_eq!(latent.shape, [2, 8, 8]);

@@ -38,11 +38,17 @@ static __device__ __forceinline__ float4 normals(unsigned long long index, unsig
     return make_float4(a.x, a.y, b.x, b.y);
 }
 
+// Places of pictures and rows come from a table on the device, which nobody has compared with `rows`: one beyond the last
+// reads the last.
+static __device__ __forceinline__ long long place_in(const unsigned* places, int i, int rows) {
+    return min(places[i], (unsigned)(rows - 1));
+}
+
 // Tokens [b, h/2·w/2, 4c] of latents [rows, c, h, w]: x₀ = mean + deviation·n, x_t = (1 − σ)x₀ + σε, target = ε − x₀.
 // One thread for the four cells of one channel of one token.
 extern "C" __global__ void __launch_bounds__(DRAW_THREADS)
     draw(T* x_t, float* target, const float* mean, const float* deviation, const unsigned* pictures,
-         const float* sigma, const unsigned long long* seed, int b, int c, int h, int w) {
+         const float* sigma, const unsigned long long* seed, int b, int c, int h, int w, int rows) {
     const long long i = (long long)blockIdx.x * DRAW_THREADS + threadIdx.x;
     const int tokens = (h / 2) * (w / 2);
     if (i >= (long long)b * tokens * c) return;
@@ -50,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(DRAW_THREADS)
     const long long token = i / c;
     const int sample = (int)(token / tokens), place = (int)(token % tokens);
     const int row = place / (w / 2) * 2, column = place % (w / 2) * 2;
-    const long long at = (((long long)pictures[sample] * c + channel) * h + row) * w + column;
+    const long long at = ((place_in(pictures, sample, rows) * c + channel) * h + row) * w + column;
     const float4 n = normals(i, POSTERIOR, *seed), e = normals(i, NOISE, *seed);
     const float s = sigma[sample], rest = 1.0f - s;
     const float draws[4] = {n.x, n.y, n.z, n.w}, noise[4] = {e.x, e.y, e.z, e.w};
@@ -68,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(DRAW_THREADS)
 
 // out[i] = table[rows[i]]. Grid: (b, chunks of the row).
 extern "C" __global__ void __launch_bounds__(DRAW_THREADS)
-    gather_rows(T* out, const T* table, const unsigned* rows, int width) {
-    const T* from = table + (long long)rows[blockIdx.x] * width;
+    gather_rows(T* out, const T* table, const unsigned* places, int width, int rows) {
+    const T* from = table + place_in(places, blockIdx.x, rows) * width;
     T* to = out + (long long)blockIdx.x * width;
     const int i = blockIdx.y * DRAW_THREADS + threadIdx.x;
     if (width % 8 == 0) {

@@ -6,6 +6,7 @@ use cudarc::driver::result as driver;
 use cudarc::driver::sys;
 
 use crate::error::CudaError;
+use crate::kernels;
 use crate::libraries;
 use crate::stream::failed;
 
@@ -37,7 +38,8 @@ pub struct DeviceFacts {
 ///
 /// # Errors
 ///
-/// If the driver, NVRTC or cuBLASLt is not installed, there is no such device, or it is older than Ampere.
+/// If the driver, NVRTC or cuBLASLt is not installed or the driver is older than these, there is no such device, or it is
+/// older than Ampere.
 pub fn probe(index: usize) -> Result<DeviceFacts, CudaError> {
     find(index).map(|(_, facts)| facts)
 }
@@ -45,8 +47,13 @@ pub fn probe(index: usize) -> Result<DeviceFacts, CudaError> {
 /// The driver's handle of a device, and what is known of it.
 pub(crate) fn find(index: usize) -> Result<(sys::CUdevice, DeviceFacts), CudaError> {
     libraries::require_all()?;
-    driver::init().map_err(|_| CudaError::NoDevice)?;
-    let count = driver::device::get_count().map_err(|_| CudaError::NoDevice)? as usize;
+    let no_device = |error: driver::DriverError, call| match error.0 {
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => CudaError::NoDevice,
+        _ => failed(call)(error),
+    };
+    driver::init().map_err(|error| no_device(error, "cuInit"))?;
+    let count = driver::device::get_count();
+    let count = count.map_err(|error| no_device(error, "cuDeviceGetCount"))? as usize;
     if count == 0 {
         return Err(CudaError::NoDevice);
     }
@@ -77,6 +84,13 @@ pub(crate) fn find(index: usize) -> Result<(sys::CUdevice, DeviceFacts), CudaErr
     unsafe { sys::cuDriverGetVersion(&mut driver_version) }
         .result()
         .map_err(failed("cuDriverGetVersion"))?;
+    let (driver, library) = (
+        driver_version as u32 / 1000,
+        kernels::compiler_version().0 as u32,
+    );
+    if library > driver {
+        return Err(CudaError::DriverTooOld { driver, library });
+    }
     let facts = DeviceFacts {
         name,
         compute_capability: (major, minor),

@@ -1,7 +1,5 @@
 //! What can be missing or go wrong on the GPU.
 
-use std::path::PathBuf;
-
 use crate::model::ModelError;
 
 /// A call of the driver, NVRTC or cuBLASLt that failed, or what they need and do not find.
@@ -76,13 +74,15 @@ pub enum CudaError {
         /// The library's name for what went wrong.
         code: String,
     },
-    /// The folder of compiled kernels cannot be used.
-    #[error("cannot keep compiled kernels in {path}")]
-    Cache {
-        /// The folder or file.
-        path: PathBuf,
-        /// What the system says.
-        source: std::io::Error,
+    /// The libraries are of a newer CUDA than the driver.
+    #[error(
+        "the NVIDIA driver is for CUDA {driver}, and the NVRTC that is found is of CUDA {library}: the driver must not be older"
+    )]
+    DriverTooOld {
+        /// The driver's major version of CUDA.
+        driver: u32,
+        /// NVRTC's.
+        library: u32,
     },
     /// The model cannot be made as asked.
     #[error(transparent)]

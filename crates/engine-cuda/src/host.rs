@@ -320,9 +320,10 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
         }
         "draw" => draw(&mut r),
         "gather_rows" => {
-            let (out, table, places, width) = (r.t(), r.t(), r.word(), r.int());
+            let (out, table, places) = (r.t(), r.t(), r.word());
+            let (width, num_rows) = (r.int(), r.int());
             for i in 0..rows * width {
-                let row = u32_at(places, i / width) as usize;
+                let row = (u32_at(places, i / width) as usize).min(num_rows - 1);
                 out.set(i, table.get(row * width + i % width));
             }
         }

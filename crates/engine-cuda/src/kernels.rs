@@ -1,7 +1,8 @@
 //! Our kernels: compiled by NVRTC when first used, kept on disk, launched with arguments packed by [`Args`].
 //!
 //! A compiled kernel's file name is the BLAKE3 of everything that it depends on: source, shared header, options,
-//! architecture and compiler version. A cache that cannot be written costs time and nothing else.
+//! architecture and compiler version. The file ends with the BLAKE3 of what is before: one that was damaged is compiled
+//! again. A cache that cannot be written costs time and nothing else.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -255,9 +256,9 @@ impl Kernels {
             return Ok(*loaded);
         }
         let binary = self.binary(module, defines)?;
-        // SAFETY: the bytes are a compiled module; the driver copies them.
+        // SAFETY: the bytes are a whole compiled module, as its digest says if it comes from disk; the driver copies them.
         let loaded = unsafe { driver::module::load_data(binary.as_ptr().cast()) }
-            .map_err(failed(module.name))?;
+            .map_err(failed(&format!("loading of kernels/{}.cu", module.name)))?;
         self.modules.borrow_mut().insert(module_key, loaded);
         Ok(loaded)
     }
@@ -288,9 +289,14 @@ impl Kernels {
             .as_ref()
             .map(|folder| folder.join(file_name(module, &options, compiler_version())));
         if let Some(path) = &path
-            && let Ok(binary) = fs_err::read(path)
+            && let Ok(bytes) = fs_err::read(path)
         {
-            return Ok(binary);
+            match without_digest(bytes) {
+                Some(binary) => return Ok(binary),
+                None => {
+                    tracing::warn!(path = %path.display(), "a damaged file of compiled kernels is made anew")
+                }
+            }
         }
         tracing::info!(module = module.name, ?defines, "compiling kernels");
         let binary = compile(module, &options)?;
@@ -311,8 +317,17 @@ fn keep(path: &Path, binary: &[u8]) -> Result<(), artifacts::ArtifactError> {
     }
     artifacts::write_atomically(path, |file| {
         use std::io::Write as _;
-        file.write_all(binary)
+        file.write_all(binary)?;
+        file.write_all(blake3::hash(binary).as_bytes())
     })
+}
+
+/// What [`keep`] was given, if the file is whole.
+fn without_digest(mut bytes: Vec<u8>) -> Option<Vec<u8>> {
+    let len = bytes.len().checked_sub(blake3::OUT_LEN)?;
+    let is_whole = len > 0 && *blake3::hash(&bytes[..len]).as_bytes() == bytes[len..];
+    bytes.truncate(len);
+    is_whole.then_some(bytes)
 }
 
 /// `$XDG_CACHE_HOME/spritelora/kernels`, or the same below `~/.cache`.
@@ -338,7 +353,8 @@ fn file_name(module: &Module, options: &[String], compiler: (i32, i32)) -> Strin
     format!("{}-{}.cubin", module.name, &digest[..32])
 }
 
-fn compiler_version() -> (i32, i32) {
+/// NVRTC's version, major and minor.
+pub(crate) fn compiler_version() -> (i32, i32) {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the pointers are to local numbers. A version that cannot be asked for counts as 0.
     let _ = unsafe { nvrtc_sys::nvrtcVersion(&mut major, &mut minor) };
@@ -375,6 +391,7 @@ fn compile(module: &'static Module, options: &[String]) -> Result<Vec<u8>, CudaE
             Err(error) => {
                 let log = nvrtc::get_program_log(program)
                     .map(|log| log.iter().map(|c: &c_char| *c as u8 as char).collect())
+                    .map(|log: String| log.trim_end_matches('\0').to_owned())
                     .unwrap_or_else(|_| format!("{:?}", error.0));
                 Err(refused(log))
             }
@@ -428,6 +445,29 @@ mod tests {
         let different: std::collections::BTreeSet<&String> = names.iter().collect();
         assert_eq!(different.len(), names.len());
         assert!(names[0].starts_with("m-") && names[0].ends_with(".cubin"));
+    }
+
+    #[test]
+    fn only_a_whole_file_of_compiled_kernels_is_taken() {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let path = folder.path().join("below/m.cubin");
+        keep(&path, b"machine code").expect("it can be written");
+        let bytes = fs_err::read(&path).expect("it was written");
+        assert_eq!(
+            without_digest(bytes.clone()).as_deref(),
+            Some(&b"machine code"[..])
+        );
+        let mut other = bytes.clone();
+        other[3] ^= 1;
+        for damaged in [
+            &bytes[..bytes.len() - 1],
+            &bytes[..20],
+            &[],
+            &bytes[12..],
+            &other,
+        ] {
+            assert_eq!(without_digest(damaged.to_vec()), None);
+        }
     }
 
     #[test]

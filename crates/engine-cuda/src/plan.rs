@@ -128,41 +128,71 @@ pub fn plan(request: &PlanRequest, rates: Rates) -> Result<Plan, CudaError> {
     Ok(Plan { parts, micro_step })
 }
 
+/// A plan with the first `count` blocks recomputed.
+fn recomputing(
+    request: &PlanRequest,
+    count: usize,
+    rates: Rates,
+) -> Result<(Recompute, Plan), CudaError> {
+    let recompute = match count {
+        0 => Recompute::Nothing,
+        all if all == num_blocks(request) => Recompute::Everything,
+        some => Recompute::First(some),
+    };
+    let request = PlanRequest {
+        training: TrainingOptions {
+            recompute,
+            ..request.training
+        },
+        ..request.clone()
+    };
+    plan(&request, rates).map(|plan| (recompute, plan))
+}
+
+fn num_blocks(request: &PlanRequest) -> usize {
+    request.config.num_layers + request.config.num_single_layers
+}
+
+/// The way that takes the least memory: all blocks but the last are recomputed, or that too.
+///
+/// The last block's turn comes first in the backward pass, when all that the others kept is there still. Recomputed, it
+/// needs room for its whole inside at that moment; kept, it shares that with the forward pass, and takes less as a rule.
+///
+/// # Errors
+///
+/// As [`plan`].
+pub fn most_frugal(request: &PlanRequest, rates: Rates) -> Result<(Recompute, Plan), CudaError> {
+    let all = num_blocks(request);
+    let but_last = recomputing(request, all.saturating_sub(1), rates)?;
+    let everything = recomputing(request, all, rates)?;
+    Ok(
+        match everything.1.total_bytes() < but_last.1.total_bytes() {
+            true => everything,
+            false => but_last,
+        },
+    )
+}
+
 /// The choice of recomputed blocks that fits into `limit_bytes` and recomputes the fewest.
 ///
 /// # Errors
 ///
-/// As [`plan`]. `Ok(None)` if not even recomputing everything fits.
+/// As [`plan`]. `Ok(None)` if not even [`most_frugal`]'s fits.
 pub fn fit(
     request: &PlanRequest,
     limit_bytes: usize,
     rates: Rates,
 ) -> Result<Option<(Recompute, Plan)>, CudaError> {
-    let num_blocks = request.config.num_layers + request.config.num_single_layers;
-    let with = |count: usize| {
-        let recompute = match count {
-            0 => Recompute::Nothing,
-            all if all == num_blocks => Recompute::Everything,
-            some => Recompute::First(some),
-        };
-        let request = PlanRequest {
-            training: TrainingOptions {
-                recompute,
-                ..request.training
-            },
-            ..request.clone()
-        };
-        plan(&request, rates).map(|plan| (recompute, plan))
-    };
-    // More recomputed blocks never need more memory, so the smallest sufficient number can be bisected.
-    let (mut low, mut high) = (0, num_blocks);
-    let mut best = with(high)?;
+    // More recomputed blocks take less memory, up to the last but one: the smallest sufficient number can be bisected.
+    let (mut low, mut high) = (0, num_blocks(request).saturating_sub(1));
+    let mut best = recomputing(request, high, rates)?;
     if best.1.total_bytes() > limit_bytes {
-        return Ok(None);
+        let most_frugal = most_frugal(request, rates)?;
+        return Ok((most_frugal.1.total_bytes() <= limit_bytes).then_some(most_frugal));
     }
     while low < high {
         let middle = (low + high) / 2;
-        let candidate = with(middle)?;
+        let candidate = recomputing(request, middle, rates)?;
         if candidate.1.total_bytes() <= limit_bytes {
             (high, best) = (middle, candidate);
         } else {
@@ -227,6 +257,22 @@ mod tests {
             .map(|f| f.a.len() + f.b.len())
             .sum();
         assert_eq!(numbers, 4_669_440);
+    }
+
+    #[test]
+    fn what_takes_least_is_found_and_fits_into_just_that() {
+        let request = request(NF4, 1, Recompute::Nothing);
+        let (_, least) = most_frugal(&request, Rates::H100).expect("it runs");
+        for count in [0, 30, 56, 57] {
+            let (_, plan) = recomputing(&request, count, Rates::H100).expect("it runs");
+            assert!(plan.total_bytes() >= least.total_bytes(), "{count}");
+        }
+        let fits = |limit| {
+            fit(&request, limit, Rates::H100)
+                .expect("it runs")
+                .is_some()
+        };
+        assert!(fits(least.total_bytes()) && !fits(least.total_bytes() - 1));
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub struct Stream {
     allocated: Rc<Cell<usize>>,
     /// Launches until a dry run pretends that one fails.
     until_failure: Cell<Option<u64>>,
+    /// Whether work is being recorded: then nothing that lies on the host may be copied, as it may be gone at the replay.
+    recording: Cell<bool>,
     /// Whether the kernels' plain forms run on host memory.
     #[cfg(test)]
     host: bool,
@@ -70,6 +72,7 @@ impl Stream {
             meter: RefCell::new(Meter::Off),
             allocated,
             until_failure: Cell::new(None),
+            recording: Cell::new(false),
             #[cfg(test)]
             host: false,
         })
@@ -303,6 +306,13 @@ impl Stream {
         }
     }
 
+    fn assert_not_recording(&self) {
+        assert!(
+            !self.recording.get(),
+            "a copy between host and device cannot be recorded"
+        );
+    }
+
     /// Copies numbers to the device, in the stream's order. `values` may be dropped at once.
     ///
     /// # Errors
@@ -311,10 +321,11 @@ impl Stream {
     ///
     /// # Panics
     ///
-    /// If the view is shorter.
+    /// If the view is shorter, or work is being recorded.
     pub fn upload<V: bytemuck::NoUninit>(&self, to: View, values: &[V]) -> Result<(), CudaError> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         to.holds(bytes.len(), "the destination of an upload");
+        self.assert_not_recording();
         #[cfg(test)]
         if self.host {
             let (from, len) = (bytes.as_ptr() as u64, bytes.len());
@@ -338,7 +349,7 @@ impl Stream {
     ///
     /// # Panics
     ///
-    /// If the view is shorter.
+    /// If the view is shorter, or work is being recorded.
     pub fn download<V: bytemuck::AnyBitPattern + bytemuck::NoUninit>(
         &self,
         from: View,
@@ -347,6 +358,7 @@ impl Stream {
         let mut values = vec![V::zeroed(); count];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
         from.holds(bytes.len(), "the source of a download");
+        self.assert_not_recording();
         #[cfg(test)]
         if self.host {
             let (to, len) = (bytes.as_mut_ptr() as u64, bytes.len());
@@ -446,26 +458,23 @@ impl Stream {
     /// # Errors
     ///
     /// If `work` fails, or does what a graph cannot hold (allocating, waiting).
+    ///
+    /// # Panics
+    ///
+    /// If `work` copies from or to the host.
     pub fn capture(
         &self,
         work: impl FnOnce() -> Result<(), CudaError>,
     ) -> Result<Graph, CudaError> {
+        let recording = Recording::begin(self)?;
+        work()?;
+        let graph = recording.end()?;
         let Some(context) = &self.context else {
-            work()?;
             return Ok(Graph {
                 handle: std::ptr::null_mut(),
                 context: None,
             });
         };
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is alive; every capture that begins is ended below, whatever `work` returns.
-        unsafe { driver::stream::begin_capture(context.stream, mode) }
-            .map_err(failed("cuStreamBeginCapture"))?;
-        let outcome = work();
-        // SAFETY: as above; the graph is destroyed once, after it was instantiated.
-        let captured = unsafe { driver::stream::end_capture(context.stream) };
-        outcome?;
-        let graph = captured.map_err(failed("cuStreamEndCapture"))?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: `graph` was made above.
         let instantiated =
@@ -494,9 +503,69 @@ impl Stream {
     }
 }
 
+/// Work that is being recorded: ended by [`Recording::end`], or, where the work failed or panicked, when this is dropped.
+struct Recording<'a> {
+    stream: &'a Stream,
+}
+
+impl<'a> Recording<'a> {
+    fn begin(stream: &'a Stream) -> Result<Self, CudaError> {
+        if let Some(raw) = stream.raw() {
+            let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            // SAFETY: the stream is alive; every capture that begins is ended once, below.
+            unsafe { driver::stream::begin_capture(raw, mode) }
+                .map_err(failed("cuStreamBeginCapture"))?;
+        }
+        stream.recording.set(true);
+        Ok(Self { stream })
+    }
+
+    /// What was recorded; null in a dry run.
+    fn end(self) -> Result<sys::CUgraph, CudaError> {
+        let recording = std::mem::ManuallyDrop::new(self);
+        recording.finish()
+    }
+
+    fn finish(&self) -> Result<sys::CUgraph, CudaError> {
+        self.stream.recording.set(false);
+        match self.stream.raw() {
+            None => Ok(std::ptr::null_mut()),
+            // SAFETY: the capture was begun, and is ended here only.
+            Some(raw) => {
+                unsafe { driver::stream::end_capture(raw) }.map_err(failed("cuStreamEndCapture"))
+            }
+        }
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        if let Ok(graph) = self.finish()
+            && !graph.is_null()
+        {
+            // SAFETY: nobody else has the graph. That it stays for good if the driver refuses is no harm.
+            let _ = unsafe { driver::graph::destroy(graph) };
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn copies_to_the_host_cannot_be_recorded_and_a_broken_recording_is_ended() {
+        let stream = Stream::dry();
+        let memory = stream.allocate(4, "a number").expect("it is dry");
+        let copy = || stream.capture(|| stream.upload(memory.view(), &[1.0f32]));
+        let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(copy));
+        assert!(copied.is_err(), "the number would be gone at the replay");
+        stream
+            .upload(memory.view(), &[1.0f32])
+            .expect("outside of a recording");
+        let failing = stream.capture(|| Err(CudaError::NoDevice));
+        assert!(failing.is_err() && !stream.recording.get());
+    }
 
     #[test]
     fn a_dry_stream_counts_memory_and_gives_it_back() {

@@ -7,8 +7,8 @@ use engine_cuda::model::Sizes;
 use mmdit::{BaseWeights, MmditConfig};
 use pipeline::recipe::{BaseFormat, PrecisionChoice};
 use serde::{Deserialize, Serialize};
-use tensor::device::cpu;
-use tensor::{Device, Precision};
+use tensor::device::{self, cpu};
+use tensor::{Device, DeviceError, Precision};
 
 /// An engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +58,63 @@ pub enum EngineError {
         /// What is missing.
         missing: String,
     },
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// What executes a network, and where.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chosen {
+    /// The engine.
+    pub name: EngineName,
+    /// Where Burn computes what the engine does not: encoders, the VAE, all of `portable`'s work.
+    pub device: Device,
+    /// Number of the card that the engine `cuda` computes on.
+    pub card: usize,
+}
+
+/// Chooses by what a person said with `--device` and `--engine`.
+///
+/// The engine `cuda` is in every build and calls the driver by itself: where only it is to use the card that was named,
+/// a build without Burn's CUDA backend is no obstacle, and Burn computes on the CPU.
+///
+/// # Errors
+///
+/// If a name is unknown, the device is not to be had, or a named engine does not compute there or not in that precision.
+pub fn choose(
+    device_option: &str,
+    engine_option: &str,
+    precision: Precision,
+    config: &MmditConfig,
+) -> Result<Chosen, EngineError> {
+    let choice: EngineChoice = engine_option.parse()?;
+    let selected = device::select(device_option);
+    choose_with(choice, device_option, selected, |device| {
+        choice.resolve(device_option, device, precision, config)
+    })
+}
+
+fn choose_with(
+    choice: EngineChoice,
+    device_option: &str,
+    selected: Result<Device, DeviceError>,
+    resolve: impl FnOnce(&Device) -> Result<EngineName, EngineError>,
+) -> Result<Chosen, EngineError> {
+    let chosen = |name, device| Chosen {
+        name,
+        device,
+        card: card_of(device_option).unwrap_or(0),
+    };
+    match selected {
+        Ok(device) => Ok(chosen(resolve(&device)?, device)),
+        Err(missing @ DeviceError::NotBuiltIn { .. }) => match resolve(&cpu()) {
+            Ok(EngineName::Cuda) => Ok(chosen(EngineName::Cuda, cpu())),
+            Err(error) if choice == EngineChoice::Named(EngineName::Cuda) => Err(error),
+            _ => Err(missing.into()),
+        },
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl EngineError {
@@ -78,6 +135,10 @@ impl EngineError {
             Self::Unknown { .. } | Self::Unsupported { .. } => {
                 format!("leave --engine out, or set {section}.precision to \"f32\"")
             }
+            Self::Device(DeviceError::NotBuiltIn { .. }) => format!(
+                "set {section}.precision to \"bf16\": the engine `cuda` needs no such build; `cargo xtask` makes one"
+            ),
+            Self::Device(_) => "leave --device out, and what is there is taken".to_owned(),
         }
     }
 }
@@ -279,6 +340,30 @@ mod tests {
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
         }
         assert!("gpu".parse::<EngineChoice>().is_err());
+    }
+
+    #[test]
+    fn a_named_card_needs_burns_backend_only_where_burn_computes() {
+        let choose = |choice: &str, resolved: Result<EngineName, EngineError>| {
+            let missing = DeviceError::NotBuiltIn {
+                name: "cuda:1".to_owned(),
+            };
+            let choice = choice.parse().expect("it is known");
+            choose_with(choice, "cuda:1", Err(missing), |_| resolved)
+        };
+        let chosen = choose("auto", Ok(EngineName::Cuda)).expect("it needs no backend");
+        assert_eq!((chosen.card, chosen.device), (1, cpu()));
+        for (choice, resolved) in [
+            ("auto", Ok(EngineName::Portable)),
+            ("portable", Ok(EngineName::Portable)),
+        ] {
+            let error = choose(choice, resolved).expect_err("Burn would compute there");
+            assert!(matches!(error, EngineError::Device(_)), "{error}");
+        }
+        let no_card = EngineError::NoCard {
+            missing: "no libcuda".to_owned(),
+        };
+        assert_eq!(choose("cuda", Err(no_card.clone())), Err(no_card));
     }
 
     #[test]

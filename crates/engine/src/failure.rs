@@ -43,8 +43,7 @@ pub(crate) fn kind_of(error: &CudaError) -> FailureKind {
         CudaError::OutOfMemory { .. }
         | CudaError::Driver { .. }
         | CudaError::Compile { .. }
-        | CudaError::Product { .. }
-        | CudaError::Cache { .. } => FailureKind::Failed,
+        | CudaError::Product { .. } => FailureKind::Failed,
         _ => FailureKind::BadInput,
     }
 }

@@ -46,7 +46,7 @@ use quant::StatePart;
 use tensor::{Device, Precision};
 
 pub use batch::MicroBatch;
-pub use choice::{EngineChoice, EngineError, EngineName, base_weights_of, precision_of};
+pub use choice::{Chosen, EngineError, EngineName, base_weights_of, choose, precision_of};
 pub use engine_cpu::{Factors, Input};
 pub use failure::{ImportError, RunError};
 pub use host::{Gradients, HostEngine};

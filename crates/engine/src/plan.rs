@@ -4,8 +4,9 @@
 //! Only configurations and sizes are needed. The arithmetic is `engine_cuda::plan`, a dry run of the code that trains.
 
 use engine_cuda::CudaError;
+use engine_cuda::model::sizes::MAX_TOKENS;
 use engine_cuda::model::{EngineOptions, Recompute, Shape, TrainingOptions};
-use engine_cuda::plan::{LoraSize, PlanRequest, fit, plan};
+use engine_cuda::plan::{LoraSize, PlanRequest, fit, most_frugal};
 use engine_cuda::stream::Rates;
 use mmdit::{BaseWeights, MmditConfig};
 use tensor::Precision;
@@ -34,6 +35,9 @@ pub struct Workload {
     pub text_tokens: usize,
     /// Rows and columns of a latent.
     pub latent_cells: [usize; 2],
+    /// The number of micro-batches that go through as one, if a run is gone on with that began so: another number adds
+    /// up in another order, and the run would end with other bytes. `None` leaves it to the plan.
+    pub at_once: Option<usize>,
 }
 
 /// What is to be trained.
@@ -87,7 +91,7 @@ pub enum PlanError {
         found: Precision,
     },
     /// Too little memory, however it is done.
-    #[error("training needs {} of GPU memory with every block recomputed, and {} are to be had", gigabytes(*needed), gigabytes(*limit))]
+    #[error("training needs {} of GPU memory however much is recomputed, and {} are to be had", gigabytes(*needed), gigabytes(*limit))]
     DoesNotFit {
         /// Bytes of the most frugal way.
         needed: usize,
@@ -95,6 +99,16 @@ pub enum PlanError {
         limit: usize,
         /// The smallest change of the recipe that fits, if one does.
         nearest: Option<Nearest>,
+    },
+    /// Too little memory to go on as the run began.
+    #[error("the run began with {at_once} micro-batches at once, which needs {} of GPU memory however much is recomputed, and {} are to be had", gigabytes(*needed), gigabytes(*limit))]
+    CannotGoOn {
+        /// Micro-batches at once.
+        at_once: usize,
+        /// Bytes of the most frugal way with so many.
+        needed: usize,
+        /// Bytes that there are.
+        limit: usize,
     },
     /// The engine does not do what is wanted.
     #[error(transparent)]
@@ -118,6 +132,11 @@ impl PlanError {
             )),
             Self::DoesNotFit { .. } => Some(
                 "a smaller cache_latents.resolution_px or embed_text.t5_tokens, or a larger card"
+                    .to_owned(),
+            ),
+            Self::CannotGoOn { .. } => Some(
+                "end what else takes memory of the card, or begin again with --force: fewer at once would end with \
+                 other bytes"
                     .to_owned(),
             ),
             Self::Cuda(_) => None,
@@ -162,19 +181,39 @@ impl TrainingRequest<'_> {
     pub fn choose(&self, limit_bytes: usize) -> Result<TrainingPlan, PlanError> {
         match self.fitting(limit_bytes)? {
             Some(plan) => Ok(plan),
-            None => Err(PlanError::DoesNotFit {
-                needed: self.least_bytes()?,
-                limit: limit_bytes,
-                nearest: self.nearest(limit_bytes)?,
+            None => Err(match self.workload.at_once {
+                Some(at_once) => PlanError::CannotGoOn {
+                    at_once,
+                    needed: self.least_bytes()?,
+                    limit: limit_bytes,
+                },
+                None => PlanError::DoesNotFit {
+                    needed: self.least_bytes()?,
+                    limit: limit_bytes,
+                    nearest: self.nearest(limit_bytes)?,
+                },
             }),
         }
     }
 
     fn fitting(&self, limit_bytes: usize) -> Result<Option<TrainingPlan>, PlanError> {
-        let Workload { accumulation, .. } = self.workload;
+        let Workload {
+            accumulation,
+            at_once,
+            ..
+        } = self.workload;
         let mut best: Option<TrainingPlan> = None;
         let divisors = (1..=accumulation).rev();
-        for fused in divisors.filter(|fused| accumulation.is_multiple_of(*fused)) {
+        let countable = |fused: usize| {
+            let shape = self.shape(fused);
+            shape.tokens().saturating_mul(shape.b) <= MAX_TOKENS
+        };
+        let allowed = |fused: &usize| {
+            accumulation.is_multiple_of(*fused)
+                && at_once.is_none_or(|wanted| wanted == *fused)
+                && countable(*fused)
+        };
+        for fused in divisors.filter(allowed) {
             let request = self.of_fused(fused, Recompute::Nothing)?;
             let Some((recompute, plan)) = fit(&request, limit_bytes, Rates::H100)? else {
                 continue;
@@ -202,8 +241,10 @@ impl TrainingRequest<'_> {
     }
 
     fn least_bytes(&self) -> Result<usize, PlanError> {
-        let request = self.of_fused(1, Recompute::Everything)?;
-        Ok(plan(&request, Rates::H100)?.total_bytes())
+        let fused = self.workload.at_once.unwrap_or(1);
+        let request = self.of_fused(fused, Recompute::Nothing)?;
+        let (_, plan) = most_frugal(&request, Rates::H100)?;
+        Ok(plan.total_bytes())
     }
 
     /// The first of some changes, from the one that changes results least, that fits.
@@ -238,6 +279,14 @@ impl TrainingRequest<'_> {
         Ok(None)
     }
 
+    fn shape(&self, fused: usize) -> Shape {
+        Shape {
+            b: self.workload.micro_batch.saturating_mul(fused),
+            text: self.workload.text_tokens,
+            latent_cells: self.workload.latent_cells,
+        }
+    }
+
     fn of_fused(&self, fused: usize, recompute: Recompute) -> Result<PlanRequest, PlanError> {
         let t = half_of(self.precision).ok_or(PlanError::Precision {
             found: self.precision,
@@ -255,11 +304,7 @@ impl TrainingRequest<'_> {
                     rank: factors.rank,
                 })
                 .collect(),
-            shape: Shape {
-                b: self.workload.micro_batch * fused,
-                text: self.workload.text_tokens,
-                latent_cells: self.workload.latent_cells,
-            },
+            shape: self.shape(fused),
             training: training_options(self.optimizer, recompute),
         })
     }
@@ -334,6 +379,7 @@ mod tests {
                 accumulation: 4,
                 text_tokens: 512,
                 latent_cells: [64, 64],
+                at_once: None,
             },
         })
     }
@@ -361,6 +407,30 @@ mod tests {
         );
         let generous = with(NF4, 1, |request| request.choose(80_000_000_000)).expect("it fits");
         assert!(plan.step_s > generous.step_s);
+    }
+
+    #[test]
+    fn a_run_is_gone_on_with_as_many_at_once_as_it_began_with_or_not_at_all() {
+        let begun_with = |at_once: usize, limit: usize| {
+            with(NF4, 1, |request| {
+                let mut request = request.clone();
+                request.workload.at_once = Some(at_once);
+                request.choose(limit)
+            })
+        };
+        // Where four would fit too, and where they fit only with all blocks recomputed.
+        for (at_once, limit) in [(2, 80_000_000_000), (4, 10_500_000_000)] {
+            assert_eq!(
+                begun_with(at_once, limit).map(|plan| plan.fused).ok(),
+                Some(at_once)
+            );
+        }
+        let error = begun_with(4, 8_000_000_000).expect_err("only fewer fit");
+        assert!(
+            matches!(error, PlanError::CannotGoOn { at_once: 4, .. }),
+            "{error}"
+        );
+        assert!(error.help().is_some_and(|help| help.contains("--force")));
     }
 
     #[test]
@@ -398,6 +468,7 @@ mod tests {
                 accumulation: 1,
                 text_tokens: 77,
                 latent_cells: [64, 64],
+                at_once: None,
             },
         };
         let plan = request

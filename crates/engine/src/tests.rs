@@ -185,6 +185,7 @@ fn on_no_card(accumulation: usize) -> cuda::CudaTraining {
             accumulation,
             text_tokens: 3,
             latent_cells: [shape[2], shape[3]],
+            at_once: None,
         },
     };
     let plan = request.choose(1 << 30).expect("it is tiny");

@@ -9,7 +9,6 @@ use lora::LoraError;
 use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
 use pixel_art::{DecodeError, SourceError};
-use tensor::DeviceError;
 
 /// Why the stage stopped.
 #[derive(Debug, thiserror::Error)]
@@ -94,9 +93,6 @@ pub enum EvaluateError {
     /// The LoRA cannot be used.
     #[error(transparent)]
     Lora(#[from] LoraError),
-    /// The device cannot be used.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
     /// There is no such engine, or not for this device and precision.
     #[error(transparent)]
     Engine(#[from] EngineError),

@@ -40,7 +40,7 @@ use std::io::Write as _;
 
 use artifacts::{digest_bytes, write_atomically};
 use autoencoder::AutoencoderConfig;
-use engine::{EngineChoice, Factors, Opening, base_weights_of, precision_of};
+use engine::{Chosen, Factors, Opening, base_weights_of, precision_of};
 use lora::{LoraFile, Target};
 use mmdit::MmditConfig;
 use pipeline::{Stage, StageContext, StageReport, WeightPart, files, outputs};
@@ -183,18 +183,18 @@ fn held_out_loss(
     held_out: &HeldOut,
     config: &MmditConfig,
 ) -> Result<HeldOutLoss, EvaluateError> {
-    let device = tensor::device::select(&context.options.device)?;
     let vae_path = context.weights_dir(WeightPart::Vae).join("config.json");
     let vae = AutoencoderConfig::from_file(&vae_path)?;
     let lora = trained_lora(context, config)?;
     let train = &context.recipe.train;
     let precision = precision_of(train.precision);
-    let choice: EngineChoice = context.options.engine.parse()?;
-    let name = choice.resolve(&context.options.device, &device, precision, config)?;
+    let options = &context.options;
+    let Chosen { name, device, card } =
+        engine::choose(&options.device, &options.engine, precision, config)?;
     let opening = Opening {
         dir: &context.weights_dir(WeightPart::Transformer),
         device,
-        card: engine::choice::card_of(&context.options.device).unwrap_or(0),
+        card,
         precision,
         base: base_weights_of(train.base_format),
     };

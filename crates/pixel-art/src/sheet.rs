@@ -35,11 +35,30 @@ pub struct SheetStyle {
     pub ink: [u8; 3],
 }
 
+impl SheetStyle {
+    /// Width and height of a sheet of so many pictures of one size whose labels take all lines that they may, in pixels.
+    /// No sheet of them is larger.
+    pub fn largest_size_px(&self, count: usize, width_px: u32, height_px: u32) -> [u64; 2] {
+        let columns = u64::from(self.columns).min(count as u64).max(1);
+        let rows = (count as u64).div_ceil(columns);
+        let label = u64::from(self.label_lines) * u64::from(LINE_PX) + 2;
+        let side = |cells: u64, px: u32, more: u64| {
+            let cell = u64::from(px) * u64::from(self.magnify);
+            let step = cell.saturating_add(more + u64::from(self.gap_px));
+            cells
+                .saturating_mul(step)
+                .saturating_add(self.gap_px.into())
+        };
+        [side(columns, width_px, 0), side(rows, height_px, label)]
+    }
+}
+
 /// Draws the sheet. Every cell is as large as the largest picture; smaller ones stand in its middle.
 ///
 /// # Panics
 ///
-/// If there are no entries, or `columns` or `magnify` is 0.
+/// If there are no entries, `columns` or `magnify` is 0, or the sheet has more pixels than memory
+/// ([`SheetStyle::largest_size_px`] tells).
 pub fn contact_sheet(entries: &[SheetEntry<'_>], style: &SheetStyle) -> Rgb8 {
     assert!(
         !entries.is_empty() && style.columns > 0 && style.magnify > 0,

@@ -75,7 +75,7 @@ pub(crate) fn to_tensor(pictures: &[Rgb8], device: &Device) -> Tensor<4> {
         .map(|picture| picture.pixels.as_slice())
         .collect();
     let (w, h) = (pictures[0].width_px, pictures[0].height_px);
-    pixels::from_rgb8(&buffers, w as usize, h as usize, device, Precision::F32)
+    pixels::from_rgb8(&buffers, w as usize, h as usize, device)
 }
 
 /// What both phases learn from.
@@ -147,7 +147,7 @@ pub(crate) fn train(run: &Run<'_>, config: &AutoencoderConfig) -> Result<Learned
             let model = Autoencoder::load(&leaves.weights[0], config, &training, precision)?;
             clock.did(HostWork::Build);
             let pictures: Tensor<4> = Tensor::from_inner(pictures);
-            let posterior = model.encode(pictures.clone().cast(precision.dtype()));
+            let posterior = model.encode(pictures.clone());
             let mean = posterior.mean.cast(tensor::DType::F32);
             let logvar = posterior.logvar.cast(tensor::DType::F32);
             let noise = Tensor::from_inner(Tensor::<4>::random(
@@ -156,9 +156,7 @@ pub(crate) fn train(run: &Run<'_>, config: &AutoencoderConfig) -> Result<Learned
                 &run.device,
             ));
             let latents = mean.clone() + (logvar.clone() * 0.5).exp() * noise;
-            let decoded = model
-                .decode(latents.cast(precision.dtype()))
-                .cast(tensor::DType::F32);
+            let decoded = model.decode(latents).cast(tensor::DType::F32);
             let kl = (mean.powi_scalar(2) + logvar.clone().exp() - 1.0 - logvar).mean() * 0.5;
             let loss = distance(decoded, pictures, config.scale_factor_px(), recipe)
                 + kl * recipe.kl_weight;
@@ -222,9 +220,7 @@ pub(crate) fn train_decoder(
             let model = Autoencoder::load(&leaves.weights[0], config, &training, precision)?;
             clock.did(HostWork::Build);
             let latents: Tensor<4> = Tensor::from_inner(latents);
-            let decoded = model
-                .decode(latents.cast(precision.dtype()))
-                .cast(tensor::DType::F32);
+            let decoded = model.decode(latents).cast(tensor::DType::F32);
             let pictures = Tensor::from_inner(pictures);
             let loss = distance(decoded, pictures, config.scale_factor_px(), recipe);
             Ok((leaves, loss))

@@ -116,7 +116,20 @@ impl Drawing<'_> {
             // One at a time: the decoder's widest level needs hundreds of times a latent's memory.
             for row in 0..rows {
                 let tokens = latents.clone().slice([row..row + 1, 0..n, 0..c]);
-                for image in decode(vae, tokens, self.latent_cells) {
+                let drawn = decode(vae, tokens, self.latent_cells).map_err(|source| {
+                    let shot = self.plan.shots[pictures.len()];
+                    SampleError::NotFinite {
+                        prompt: self.plan.prompts[shot.prompt].clone(),
+                        seed: shot.seed,
+                        what: match pass {
+                            Pass::WithLoras if settings.loras.is_empty() => "without a LoRA",
+                            Pass::WithLoras => "with its LoRAs",
+                            Pass::BaseAlone => "of the base alone",
+                        },
+                        source,
+                    }
+                })?;
+                for image in drawn {
                     let index = pictures.len();
                     let shot = self.plan.shots[index];
                     let picture = Picture {

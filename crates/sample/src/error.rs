@@ -9,9 +9,9 @@ use lora::LoraError;
 use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
 use pixel_art::PngTextError;
-use tensor::DeviceError;
 use text_encoders::{EncoderError, TokenizerError};
 
+use crate::pictures::NotFinite;
 use crate::plan::PlanError;
 
 /// Why the stage stopped.
@@ -76,6 +76,35 @@ pub enum SampleError {
         /// The other part.
         part: &'static str,
     },
+    /// The sheet of all pictures would be too large.
+    #[error(
+        "a sheet of {count} pictures in sample.sheet_columns = {columns}, with sample.sheet_magnify = {magnify}, would be \
+         {width_px}×{height_px} pixels"
+    )]
+    Sheet {
+        /// Pictures on it.
+        count: usize,
+        /// In a row.
+        columns: u32,
+        /// `sample.sheet_magnify`.
+        magnify: u32,
+        /// Its width.
+        width_px: u64,
+        /// Its height.
+        height_px: u64,
+    },
+    /// A picture came to nothing.
+    #[error("the picture of prompt {prompt:?} with seed {seed} {what}: {source}")]
+    NotFinite {
+        /// Its prompt.
+        prompt: String,
+        /// Its seed.
+        seed: u64,
+        /// With LoRAs or without.
+        what: &'static str,
+        /// What is not finite.
+        source: NotFinite,
+    },
     /// The scheduler's configuration cannot be used.
     #[error(transparent)]
     Schedule(#[from] flow_matching::SchedulerError),
@@ -85,9 +114,6 @@ pub enum SampleError {
     /// There is no such engine, or not for this device and precision.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// The device cannot be used.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
     /// A tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -123,6 +149,7 @@ impl StageError for SampleError {
     fn kind(&self) -> FailureKind {
         match self {
             Self::Png { .. }
+            | Self::NotFinite { .. }
             | Self::File(ArtifactError::Io {
                 action: "write", ..
             }) => FailureKind::Failed,
@@ -145,6 +172,10 @@ impl StageError for SampleError {
                 "shorten it, raise sample.t5_tokens to at least {num_tokens}, or cut long prompts with \
                  sample.long_prompts = \"truncate\""
             ),
+            Self::Sheet { .. } => "lower sample.sheet_magnify, or raise sample.sheet_columns".to_owned(),
+            Self::NotFinite { .. } => "try another precision (sample.precision = \"bf16\", or \"f32\"); if it is of a LoRA, a \
+                 lower strength (sample.lora_scale, or the scale in sample.loras)"
+                .to_owned(),
             Self::Engine(error) => error.help("sample"),
             Self::Transformer(error) => return error.help(),
             Self::Run(error) => return error.help(),

@@ -33,14 +33,15 @@ mod drawing;
 mod test_recipe;
 
 use autoencoder::Autoencoder;
-use engine::{EngineChoice, Opening, base_weights_of, precision_of};
+use engine::{Chosen, Opening, base_weights_of, precision_of};
 use pipeline::{Stage, StageContext, StageReport, WeightPart, files, outputs};
+use tensor::Precision;
 
 pub use crate::conditioning::{Conditioning, EncodedTexts, Encoders};
 pub use crate::denoise::{Denoising, TrueCfg, denoise};
 pub use crate::drawing::initial_noise;
 pub use crate::error::SampleError;
-pub use crate::pictures::{Picture, decode};
+pub use crate::pictures::{NotFinite, Picture, decode};
 pub use crate::plan::{Pass, Plan, PlanError, Shot};
 pub use crate::stack::{LoraChoice, LoraStack};
 
@@ -63,12 +64,14 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
     let plan = Plan::new(recipe)?;
     let base = Base::open(context)?;
     let latent_cells = base.latent_cells(recipe.width_px, recipe.height_px)?;
-    let device = tensor::device::select(&context.options.device)?;
+    pictures::check_sheets(recipe, plan.shots.len())?;
+    let vae_dir = context.weights_dir(WeightPart::Vae);
+    let (vae_config, vae_weights) = Autoencoder::look_at(&vae_dir)?;
     let precision = precision_of(recipe.precision);
-    let choice: EngineChoice = context.options.engine.parse()?;
-    let engine_name = choice.resolve(
-        &context.options.device,
-        &device,
+    let options = &context.options;
+    let Chosen { name, device, card } = engine::choose(
+        &options.device,
+        &options.engine,
         precision,
         &base.transformer,
     )?;
@@ -92,11 +95,11 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
     let opening = Opening {
         dir: &context.weights_dir(WeightPart::Transformer),
         device: device.clone(),
-        card: engine::choice::card_of(&context.options.device).unwrap_or(0),
+        card,
         precision,
         base: base_weights_of(recipe.base_format),
     };
-    let mut engine = engine::open(engine_name, &opening)?;
+    let mut engine = engine::open(name, &opening)?;
     let drawing = Drawing {
         recipe,
         plan: &plan,
@@ -113,7 +116,7 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
         .transpose()?;
     drop(engine);
 
-    let vae = Autoencoder::open(&context.weights_dir(WeightPart::Vae), &device, precision)?;
+    let vae = Autoencoder::load(&vae_weights, &vae_config, &device, of_vae(precision))?;
     let settings = settings(context, &base, &plan, &stack);
     let mut pictures = drawing.finish(&vae, latents, Pass::WithLoras, &settings, context)?;
     pictures::write_sheet(
@@ -147,6 +150,15 @@ pub fn run(context: &StageContext) -> Result<StageReport, SampleError> {
         .output(outputs::IMAGES, pictures::digest_of_all(&pictures));
     report.notes = [stack.notes, texts.notes, base.notes(recipe)].concat();
     Ok(report)
+}
+
+/// What the VAE decodes in: not fp16, whose range FLUX.1's decoder leaves (its published configuration says
+/// `force_upcast`), and a picture has to be decoded once only.
+fn of_vae(precision: Precision) -> Precision {
+    match precision {
+        Precision::F16 => Precision::F32,
+        other => other,
+    }
 }
 
 fn lora_choices(context: &StageContext) -> Vec<LoraChoice> {

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use artifacts::{Digest, Hasher, ImageEntry, write_atomically};
 use autoencoder::{Autoencoder, pixels};
+use pipeline::recipe::SampleRecipe;
 use pixel_art::{Rgb8, Rgba8, SheetEntry, SheetStyle, contact_sheet, encode_png_rgb};
 use serde::{Deserialize, Serialize};
-use tensor::Tensor;
+use tensor::{Tensor, to_f32};
 
 use crate::error::SampleError;
 use crate::parameters::{JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, Settings};
@@ -19,22 +20,94 @@ const SHEET_GAP_PX: u32 = 8;
 /// Most lines of a prompt below its picture.
 const SHEET_LABEL_LINES: u32 = 6;
 
+/// A sheet may be so large, or as large as the pictures are together.
+const SHEET_MAX_PIXELS: u64 = 1 << 30;
+
+/// PNG's largest side.
+const SHEET_MAX_SIDE_PX: u64 = (1 << 31) - 1;
+
+fn style(columns: u32, magnify: u32) -> SheetStyle {
+    SheetStyle {
+        columns,
+        magnify,
+        gap_px: SHEET_GAP_PX,
+        label_lines: SHEET_LABEL_LINES,
+        background: [32, 32, 36],
+        ink: [224, 224, 224],
+    }
+}
+
+/// Whether the sheets that the recipe wants of `count` pictures can be made, before any is drawn.
+///
+/// # Errors
+///
+/// [`SampleError::Sheet`] if they are too large.
+pub fn check_sheets(recipe: &SampleRecipe, count: usize) -> Result<(), SampleError> {
+    let (width_px, height_px) = (recipe.width_px, recipe.height_px);
+    let count = if recipe.compare_with_base {
+        2 * count
+    } else {
+        count
+    };
+    let size =
+        |magnify| style(recipe.sheet_columns, magnify).largest_size_px(count, width_px, height_px);
+    let area = |[w, h]: [u64; 2]| w.saturating_mul(h);
+    let [w, h] = size(recipe.sheet_magnify);
+    let most = SHEET_MAX_PIXELS.max(area(size(1)));
+    if area([w, h]) <= most && w.max(h) <= SHEET_MAX_SIDE_PX {
+        return Ok(());
+    }
+    Err(SampleError::Sheet {
+        count,
+        columns: recipe.sheet_columns,
+        magnify: recipe.sheet_magnify,
+        width_px: w,
+        height_px: h,
+    })
+}
+
 /// Decodes latents as the transformer leaves them: tokens `(b, n, 4c)` of `latent_cells` rows and columns.
 ///
 /// Waits for the device.
 ///
+/// # Errors
+///
+/// [`NotFinite`] if a latent or what the VAE makes of it is infinite or no number: 8 bits would turn that to black.
+///
 /// # Panics
 ///
 /// If the tokens are not of that many cells or of the VAE's channels.
-pub fn decode(vae: &Autoencoder, tokens: Tensor<3>, latent_cells: [usize; 2]) -> Vec<Rgb8> {
+pub fn decode(
+    vae: &Autoencoder,
+    tokens: Tensor<3>,
+    latent_cells: [usize; 2],
+) -> Result<Vec<Rgb8>, NotFinite> {
     let [h, w] = latent_cells;
+    let all_finite = |values: Vec<f32>| values.iter().all(|value| value.is_finite());
+    if !all_finite(to_f32(&tokens)) {
+        return Err(NotFinite::Latents);
+    }
     let latents = mmdit::unpatchify(tokens, h, w); // b c h w
     let pictures = vae.decode(vae.config().from_model(latents)); // b 3 f·h f·w
+    if !all_finite(to_f32(&pictures)) {
+        return Err(NotFinite::Pixels);
+    }
     let [_, _, height_px, width_px] = pictures.dims();
-    pixels::to_rgb8(&pictures)
+    Ok(pixels::to_rgb8(&pictures)
         .into_iter()
         .map(|rgb| Rgb8::new(width_px as u32, height_px as u32, rgb))
-        .collect()
+        .collect())
+}
+
+/// Numbers that are no picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotFinite {
+    /// The transformer's.
+    #[error("its latents are not finite")]
+    Latents,
+    /// The VAE's.
+    #[error("what the VAE makes of its latents is not finite")]
+    Pixels,
 }
 
 /// A finished picture.
@@ -160,15 +233,8 @@ fn write_cells(
         .iter()
         .map(|(picture, label)| SheetEntry { picture, label })
         .collect();
-    let style = SheetStyle {
-        columns,
-        magnify,
-        gap_px: SHEET_GAP_PX,
-        label_lines: SHEET_LABEL_LINES,
-        background: [32, 32, 36],
-        ink: [224, 224, 224],
-    };
-    write_png(path, &contact_sheet(&entries, &style), &[])
+    let sheet = contact_sheet(&entries, &style(columns, magnify));
+    write_png(path, &sheet, &[])
 }
 
 /// Writes the index.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use artifacts::{Dtype, TensorToWrite, write_safetensors};
-use pipeline::recipe::{LongText, LoraChoice, Recipe};
+use pipeline::recipe::{LongText, LoraChoice, PrecisionChoice, Recipe};
 use pipeline::{
     DataSet, FailureKind, RunOptions, Stage, StageContext, StageError as _, StageReport, WeightPart,
 };
@@ -160,6 +160,16 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
+/// A PNG's bytes, red, green and blue in turn.
+fn pixels(path: &Path) -> Vec<u8> {
+    let bytes = fs_err::read(path).expect("it was drawn");
+    let limits = pixel_art::Limits {
+        max_pixels: 1 << 20,
+    };
+    let decoded = pixel_art::decode(&bytes, &limits).expect("a PNG");
+    decoded.picture.pixels
+}
+
 #[test]
 fn a_run_leaves_a_picture_for_every_prompt_and_seed_a_sheet_and_an_index() {
     let workshop = Workshop::new();
@@ -256,25 +266,79 @@ fn a_larger_batch_changes_a_picture_by_rounding_at_most() {
     workshop.draw_into("two", &recipe, Some(2)).expect("drawn");
     for seed in 1..=3 {
         let name = format!("{:04}-a-red-knight-s{seed}.png", seed - 1);
-        let pixels = |dir: &str| {
-            let bytes = fs_err::read(workshop.path(dir).join(&name)).expect("drawn");
-            pixel_art::decode(
-                &bytes,
-                &pixel_art::Limits {
-                    max_pixels: 1 << 20,
-                },
-            )
-            .expect("a PNG")
-            .picture
-            .pixels
-        };
-        let (one, two) = (pixels("one"), pixels("two"));
+        let [one, two] = ["one", "two"].map(|dir| pixels(&workshop.path(dir).join(&name)));
         assert_eq!(one.len(), two.len());
         assert!(
             one.iter().zip(&two).all(|(a, b)| a.abs_diff(*b) <= 1),
             "seed {seed}"
         );
     }
+}
+
+#[test]
+fn sixteen_bits_draw_nearly_the_picture_of_thirty_two() {
+    let workshop = Workshop::new();
+    let mut recipe = workshop.recipe();
+    workshop.draw("f32", &recipe);
+    let exact = pixels(&workshop.path("f32/0000-a-red-knight-s1.png"));
+    assert!(exact.iter().any(|value| *value != exact[0]));
+    for precision in [PrecisionChoice::Bf16, PrecisionChoice::Fp16] {
+        recipe.sample.precision = precision;
+        workshop.draw("half", &recipe);
+        let found = pixels(&workshop.path("half/0000-a-red-knight-s1.png"));
+        let difference: f64 = found
+            .iter()
+            .zip(&exact)
+            .map(|(a, b)| f64::from(a.abs_diff(*b)))
+            .sum();
+        let mean = difference / exact.len() as f64;
+        assert!(mean < 3.0, "{precision:?}: {mean} of 255");
+    }
+}
+
+#[test]
+fn a_picture_that_came_to_nothing_is_told_and_not_painted_black() {
+    let workshop = Workshop::new();
+    let mut recipe = workshop.recipe();
+    let module = "transformer_blocks.0.attn.to_v";
+    recipe.sample.loras = vec![workshop.lora("wild.safetensors", module, 1e20)];
+    let error = workshop
+        .draw_into("wild", &recipe, None)
+        .expect_err("numbers beyond all range");
+    assert_eq!(error.kind(), FailureKind::Failed);
+    let message = error.to_string();
+    assert!(
+        message.contains("a red knight") && message.contains("LoRA"),
+        "{message}"
+    );
+    assert!(error.help().is_some_and(|help| help.contains("strength")));
+}
+
+#[test]
+fn a_sheet_beyond_all_size_is_refused_before_anything_is_drawn() {
+    let workshop = Workshop::new();
+    let mut recipe = workshop.recipe();
+    recipe.sample.sheet_magnify = u32::MAX;
+    let message = workshop.refusal(&recipe);
+    assert!(
+        message.contains("sample.sheet_magnify = 4294967295"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_torn_vae_is_refused_before_anything_is_drawn() {
+    let workshop = Workshop::new();
+    let file = workshop.path("base/vae/diffusion_pytorch_model.safetensors");
+    let bytes = fs_err::read(&file).expect("the base's");
+    fs_err::write(&file, &bytes[..bytes.len() / 2]).expect("torn");
+    let mut recipe = workshop.recipe();
+    // Nothing is left of the transformer: whoever came so far would stop at that.
+    fs_err::remove_file(workshop.path("base/transformer/diffusion_pytorch_model.safetensors"))
+        .expect("removed");
+    recipe.sample.steps = 1;
+    let message = workshop.refusal(&recipe);
+    assert!(message.contains("vae"), "{message}");
 }
 
 #[test]

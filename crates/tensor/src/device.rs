@@ -8,7 +8,7 @@ use burn::tensor::DType;
 pub type Device = burn::DispatchDevice;
 
 /// Why a device cannot be used.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// The name is none that we know.
     #[error("device `{name}` is not known: expected `auto`, `cpu`, `cuda` or `cuda:<index>`")]

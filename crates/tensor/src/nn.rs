@@ -196,9 +196,9 @@ impl RmsNorm {
         })
     }
 
-    /// `(…, width)` → the same shape; statistics in `f32`.
+    /// `(…, width)` → the same shape, in the scale's precision; statistics in `f32`.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        let dtype = input.dtype();
+        let dtype = self.weight.dtype();
         let input = input.cast(DType::F32);
         let mean_square = input.clone().powi_scalar(2).mean_dim(D - 1);
         (input / (mean_square + self.epsilon).sqrt()).cast(dtype) * self.weight.clone().unsqueeze()

@@ -10,6 +10,8 @@
 //! `bias` is one learned number per head and bucket of the distance between key and query; the
 //! first block owns it and all blocks use it. No mask: FLUX attends to the padding.
 //!
+//! In fp16 the sums `x` and the products with `wo` are in f32, as upstream keeps them: T5-XXL's leave fp16's range.
+//!
 //! Source: `T5EncoderModel` of transformers 5.23, called by `FluxPipeline._get_t5_prompt_embeds`.
 
 use std::path::Path;
@@ -201,6 +203,8 @@ pub struct T5Encoder {
     /// `[buckets, heads]`.
     relative_attention_bias: Tensor<2>,
     blocks: Vec<Block>,
+    /// What sums over blocks are in.
+    wide: DType,
     final_layer_norm: RmsNorm,
 }
 
@@ -260,8 +264,13 @@ impl T5Encoder {
 
         let (d_model, d_ff) = (config.d_model, config.d_ff);
         let inner = config.num_heads * config.d_kv;
-        let linear = |name: String, features: [usize; 2]| {
+        let linear_in = |name: String, features: [usize; 2], precision: Precision| {
             Linear::load(weights, &name, features, false, device, precision)
+        };
+        let linear = |name: String, features| linear_in(name, features, precision);
+        let wide = match precision {
+            Precision::F16 => Precision::F32,
+            other => other,
         };
         let norm = |name: String| {
             RmsNorm::load(
@@ -286,7 +295,7 @@ impl T5Encoder {
                 attention_norm: norm(format!("{}.layer_norm", layer(0)))?,
                 wi_0: linear(dense("wi_0"), [d_model, d_ff])?,
                 wi_1: linear(dense("wi_1"), [d_model, d_ff])?,
-                wo: linear(dense("wo"), [d_ff, d_model])?,
+                wo: linear_in(dense("wo"), [d_ff, d_model], wide)?,
                 dense_norm: norm(format!("{}.layer_norm", layer(1)))?,
             });
         }
@@ -299,6 +308,7 @@ impl T5Encoder {
                 precision,
             )?,
             blocks,
+            wide: wide.dtype(),
             final_layer_norm: norm("encoder.final_layer_norm".to_owned())?,
             config: config.clone(),
         })
@@ -324,13 +334,16 @@ impl T5Encoder {
             .shared
             .clone()
             .select(0, flat) // (b n) d_model
-            .reshape([b, n, self.config.d_model]); // b n d_model
+            .reshape([b, n, self.config.d_model]) // b n d_model
+            .cast(self.wide);
         for block in &self.blocks {
             let normed = block.attention_norm.forward(states.clone());
-            states = states + block.attend(normed, bias.clone(), self.config.num_heads);
+            let attended = block.attend(normed, bias.clone(), self.config.num_heads);
+            states = states + attended.cast(self.wide);
             let normed = block.dense_norm.forward(states.clone());
             let gate = gelu_tanh(block.wi_0.forward(normed.clone()));
-            states = states + block.wo.forward(gate * block.wi_1.forward(normed));
+            let inner = gate * block.wi_1.forward(normed);
+            states = states + block.wo.forward(inner.cast(self.wide));
         }
         self.final_layer_norm.forward(states)
     }
@@ -520,6 +533,30 @@ mod tests {
         let alone = to_f32(&encoder.encode(&[vec![0, 2, 1]]));
         let batch = to_f32(&encoder.encode(&[vec![1, 1, 1], vec![0, 2, 1]]));
         close(&batch[6..], &alone);
+    }
+
+    #[test]
+    fn sums_beyond_the_range_of_fp16_are_no_matter() {
+        let config = tiny();
+        // The inner value is 4e4, and `wo` makes 4e6 of it.
+        let rule = |name: &str| {
+            if name.contains("DenseReluDense") {
+                100.0
+            } else {
+                1.0
+            }
+        };
+        let encode = |precision| {
+            let encoder = T5Encoder::load(&weights(&config, rule), &config, &cpu(), precision)
+                .expect("all weights are there");
+            let states = encoder.encode(&[vec![2, 0]]);
+            assert_eq!(states.dtype(), precision.dtype());
+            to_f32(&states)
+        };
+        let exact = encode(Precision::F32);
+        for (found, exact) in encode(Precision::F16).iter().zip(&exact) {
+            assert!((found - exact).abs() < 1e-2, "{found} {exact}");
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ use quant::{StatePart, StateValues};
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 const STATE_KEY: &str = "spritelora.state";
 const DIGEST_KEY: &str = "spritelora.digest";
@@ -39,6 +39,8 @@ pub struct RunState {
     pub fingerprint: String,
     /// The engine that took the steps: engines agree within rounding only, so no other continues them.
     pub engine: EngineName,
+    /// Micro-batches that it computed as one, which decides in what order sums are taken.
+    pub at_once: usize,
     /// Optimiser steps taken.
     pub num_steps: u32,
     /// Steps taken or skipped; decides which data come next.
@@ -106,7 +108,7 @@ impl RunState {
     /// The counters of a run of this layout.
     pub fn new(
         fingerprint: String,
-        engine: EngineName,
+        (engine, at_once): (EngineName, usize),
         num_steps: u32,
         num_groups: u64,
         scaler: LossScaler,
@@ -115,6 +117,7 @@ impl RunState {
             format: FORMAT,
             fingerprint,
             engine,
+            at_once,
             num_steps,
             num_groups,
             scaler,

@@ -9,7 +9,6 @@ use flow_matching::SchedulerError;
 use lora::LoraError;
 use mmdit::ConfigError;
 use pipeline::{FailureKind, StageError};
-use tensor::DeviceError;
 
 /// Why the stage stopped.
 #[derive(Debug, thiserror::Error)]
@@ -133,9 +132,6 @@ pub enum TrainError {
     /// There is no such engine, or not for this device and precision.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// The device cannot be used.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
     /// The transformer's configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -62,20 +62,26 @@ pub fn plan(
         base: base_weights_of(train.base_format),
         lora: &lora,
         optimizer: &LoraOptimizer::of(train, &lora),
-        workload: workload(train, recipe.embed_text.t5_tokens, [cells, cells]),
+        workload: workload(train, recipe.embed_text.t5_tokens, [cells, cells], None),
     };
     Ok(request
         .choose(limit_bytes)
         .map_err(engine::OpenError::from)?)
 }
 
-/// What one step of a recipe goes over.
-pub fn workload(recipe: &TrainRecipe, text_tokens: usize, latent_cells: [usize; 2]) -> Workload {
+/// What one step of a recipe goes over; `at_once` is that of a run that is gone on with.
+pub fn workload(
+    recipe: &TrainRecipe,
+    text_tokens: usize,
+    latent_cells: [usize; 2],
+    at_once: Option<usize>,
+) -> Workload {
     Workload {
         micro_batch: recipe.micro_batch as usize,
         accumulation: recipe.accumulation as usize,
         text_tokens,
         latent_cells,
+        at_once,
     }
 }
 

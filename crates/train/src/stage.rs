@@ -1,17 +1,18 @@
 //! The stage: from the recipe and the artifacts before it to a LoRA, its metrics and its checkpoints.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use artifacts::{Digest, Footer, digest_file, metrics};
 use autoencoder::AutoencoderConfig;
-use engine::{EngineChoice, ImportError, LoraOptimizer, Opening, base_weights_of, precision_of};
+use engine::{
+    Chosen, ImportError, LoraOptimizer, Opening, TrainableLora, base_weights_of, precision_of,
+};
 use flow_matching::{Density, Scheduler, SchedulerConfig, Weighting};
 use mmdit::MmditConfig;
 use mmdit::patches::PATCH_CELLS;
 use pipeline::recipe::{self, TimestepSampling, TrainRecipe};
 use pipeline::{Fingerprint, Stage, StageContext, StageReport, WeightPart, files, outputs};
-use tensor::device;
 
 use crate::batch::LatentScaling;
 use crate::checkpoint::{self, Checkpoint};
@@ -34,31 +35,43 @@ pub fn run(context: &StageContext) -> Result<StageReport, TrainError> {
     let config = MmditConfig::from_file(&transformer_dir.join("config.json"))?;
     let data = open_data(context, &config)?;
     let lora = untrained_lora(&config, recipe)?;
-    let device = device::select(&context.options.device)?;
     let precision = precision_of(recipe.precision);
-    let choice: EngineChoice = context.options.engine.parse()?;
-    let name = choice.resolve(&context.options.device, &device, precision, &config)?;
+    let options = &context.options;
+    let Chosen { name, device, card } =
+        engine::choose(&options.device, &options.engine, precision, &config)?;
+    let fingerprint = Fingerprint::of(&context.components).to_string();
+    let checkpoints = context.path(files::CHECKPOINTS);
+    let mut begun = sound_checkpoints(&checkpoints, &fingerprint, &lora)?.peekable();
+    if let Some((path, checkpoint)) = begun.peek()
+        && checkpoint.state.engine != name
+    {
+        return Err(TrainError::OtherEngine {
+            began: checkpoint.state.engine,
+            now: name,
+            path: path.clone(),
+        });
+    }
+    let at_once = begun.peek().map(|(_, checkpoint)| checkpoint.state.at_once);
+
     let opening = Opening {
         dir: &transformer_dir,
         device,
-        card: engine::choice::card_of(&context.options.device).unwrap_or(0),
+        card,
         precision,
         base: base_weights_of(recipe.base_format),
     };
     let optimizer = LoraOptimizer::of(recipe, &lora);
     let engine = engine::open_training(name, &opening, lora.clone(), optimizer, {
         let [_, rows, columns] = data.latent_shape();
-        workload(recipe, data.text_shape()[0], [rows, columns])
+        workload(recipe, data.text_shape()[0], [rows, columns], at_once)
     })?;
     tracing::info!(engine = %name, "training");
     for note in engine.notes() {
         tracing::info!("{note}");
     }
 
-    let fingerprint = Fingerprint::of(&context.components).to_string();
-    let mut trainer = Trainer::new(engine, recipe, lora, fingerprint.clone());
-    let checkpoints = context.path(files::CHECKPOINTS);
-    let num_resumed = resume(&mut trainer, &checkpoints, &fingerprint)?;
+    let mut trainer = Trainer::new(engine, recipe, lora.clone(), fingerprint.clone());
+    let num_resumed = resume(&mut trainer, begun)?;
     let kept = Checkpoints {
         dir: &checkpoints,
         every: recipe.checkpoint_every,
@@ -131,33 +144,40 @@ fn open_data(context: &StageContext, config: &MmditConfig) -> Result<TrainingDat
     TrainingData::open(&data_files, config, t5_tokens, vae_digest, sampling)
 }
 
-/// Continues from the newest checkpoint that is sound, and says which step that was.
-fn resume(
-    trainer: &mut Trainer<'_>,
+/// The checkpoints of this run that can be read, newest first, each read when it is asked for.
+fn sound_checkpoints(
     checkpoints: &Path,
     fingerprint: &str,
-) -> Result<u32, TrainError> {
-    for path in checkpoint::list(checkpoints).map_err(TrainError::Checkpoints)? {
-        let shown = path.display();
-        match Checkpoint::read(&path, fingerprint, &trainer.lora()?) {
-            Ok(checkpoint) if checkpoint.state.engine != trainer.engine() => {
-                return Err(TrainError::OtherEngine {
-                    began: checkpoint.state.engine,
-                    now: trainer.engine(),
-                    path,
-                });
+    lora: &TrainableLora,
+) -> Result<impl Iterator<Item = (PathBuf, Checkpoint)>, TrainError> {
+    let paths = checkpoint::list(checkpoints).map_err(TrainError::Checkpoints)?;
+    Ok(paths.into_iter().filter_map(
+        move |path| match Checkpoint::read(&path, fingerprint, lora) {
+            Ok(checkpoint) => Some((path, checkpoint)),
+            Err(error) => {
+                tracing::warn!(checkpoint = %path.display(), %error, "checkpoint passed over");
+                None
             }
-            Ok(checkpoint) => match trainer.restore(checkpoint) {
-                Ok(()) => {
-                    tracing::info!(step = trainer.num_steps(), checkpoint = %shown, "continuing");
-                    return Ok(trainer.num_steps());
-                }
-                Err(ImportError::State(error)) => {
-                    tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over");
-                }
-                Err(ImportError::Run(error)) => return Err(error.into()),
-            },
-            Err(error) => tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over"),
+        },
+    ))
+}
+
+/// Continues from the first of them that fits, and says which step that was.
+fn resume(
+    trainer: &mut Trainer<'_>,
+    checkpoints: impl Iterator<Item = (PathBuf, Checkpoint)>,
+) -> Result<u32, TrainError> {
+    for (path, checkpoint) in checkpoints {
+        let shown = path.display();
+        match trainer.restore(checkpoint) {
+            Ok(()) => {
+                tracing::info!(step = trainer.num_steps(), checkpoint = %shown, "continuing");
+                return Ok(trainer.num_steps());
+            }
+            Err(ImportError::State(error)) => {
+                tracing::warn!(checkpoint = %shown, %error, "checkpoint passed over");
+            }
+            Err(ImportError::Run(error)) => return Err(error.into()),
         }
     }
     Ok(0)

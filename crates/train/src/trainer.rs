@@ -3,9 +3,7 @@
 use std::time::Instant;
 
 use artifacts::MetricRow;
-use engine::{
-    EngineName, ImportError, RunError, StepReport, TrainableLora, TrainingEngine, TrainingState,
-};
+use engine::{ImportError, RunError, StepReport, TrainableLora, TrainingEngine, TrainingState};
 use flow_matching::LearningRateSchedule;
 use pipeline::recipe::{Schedule, TrainRecipe};
 
@@ -90,7 +88,7 @@ impl<'a> Trainer<'a> {
         Ok(Checkpoint {
             state: RunState::new(
                 self.fingerprint.clone(),
-                self.engine.name(),
+                (self.engine.name(), self.engine.at_once()),
                 self.num_steps(),
                 self.num_groups,
                 scaler,
@@ -125,11 +123,6 @@ impl<'a> Trainer<'a> {
         let mut lora = self.untrained.clone();
         lora.values = self.engine.lora()?;
         Ok(lora)
-    }
-
-    /// The engine that does the work.
-    pub fn engine(&self) -> EngineName {
-        self.engine.name()
     }
 
     /// What the engine has to say of the run.

@@ -109,14 +109,14 @@ pub(super) fn norm_backward_sums(r: &mut Reader<'_>, blocks: usize) {
 pub(super) fn draw(r: &mut Reader<'_>) {
     let (x_t, target, mean, deviation) = (r.t(), r.floats(), r.floats(), r.floats());
     let (pictures, sigma, seed) = (r.word(), r.floats(), r.word());
-    let (b, c, h, w) = (r.int(), r.int(), r.int(), r.int());
+    let (b, c, h, w, rows) = (r.int(), r.int(), r.int(), r.int(), r.int());
     let seed = u64::from(u32_at(seed, 0)) | u64::from(u32_at(seed, 1)) << 32;
     let draws = |purpose| crate::ops::draw::normals(seed, purpose, b * c * h * w);
     let posterior = draws(crate::ops::draw::Purpose::Posterior);
     let noise = draws(crate::ops::draw::Purpose::Noise);
     let mut i = 0;
     for sample in 0..b {
-        let picture = u32_at(pictures, sample) as usize;
+        let picture = (u32_at(pictures, sample) as usize).min(rows - 1);
         for (row, column) in (0..h)
             .step_by(2)
             .flat_map(|r| (0..w).step_by(2).map(move |c| (r, c)))

@@ -329,8 +329,10 @@ impl Engine {
         }
     }
 
-    /// Makes the tables of positions for a shape, unless they are there.
+    /// Makes the tables of positions for a shape, unless they are there. Whatever goes through the blocks comes by here
+    /// first, so this is where its shape is checked.
     pub(crate) fn prepare_rope(&mut self, shape: Shape) -> Result<(), CudaError> {
+        self.sizes.check_shape(shape)?;
         let key = (shape.text, shape.latent_cells);
         if self.ropes.contains_key(&key) {
             return Ok(());

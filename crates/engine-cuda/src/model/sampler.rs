@@ -95,6 +95,9 @@ impl Engine {
         );
         let copies = if input.negative.is_some() { 2 } else { 1 };
         let rows = copies * shape.b;
+        let batch = Shape { b: rows, ..shape };
+        self.prepare_rope(batch)?;
+        self.sizes.check_velocity(shape)?;
         let config = self.sizes.config.clone();
         let count = shape.rows(1) * config.in_channels;
         assert_eq!(input.tokens.len(), count, "values to start from");
@@ -111,8 +114,6 @@ impl Engine {
         arrange(&counting);
         let memory = self.stream.allocate(counting.peak_bytes(), "sampling")?;
         let places = arrange(&Arena::over(memory.view()));
-        let batch = Shape { b: rows, ..shape };
-        self.prepare_rope(batch)?;
 
         let pooled = [
             Some(input.pooled),

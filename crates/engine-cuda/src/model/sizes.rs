@@ -4,9 +4,13 @@ use mmdit::MmditConfig;
 use mmdit::config::MLP_RATIO;
 
 use super::error::ModelError;
+use crate::ops::{attention, attention_any};
 
 /// The two streams of a double block: text and image.
 pub const STREAMS: [usize; 2] = [0, 1];
+
+/// Most tokens of a batch, text and image, of all samples: beyond any card's memory, and within what kernels count with.
+pub const MAX_TOKENS: usize = 1 << 27;
 
 /// Sizes of the model that the schedule uses again and again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +53,64 @@ impl Sizes {
             dh,
             mlp: MLP_RATIO * d,
         })
+    }
+
+    /// Checks what a batch amounts to: counts of it have to fit what kernels count with.
+    ///
+    /// # Errors
+    ///
+    /// If there are no samples or no image tokens, too many tokens, or more in a sample than the attention for this width
+    /// of heads has room for.
+    pub fn check_shape(&self, shape: Shape) -> Result<(), ModelError> {
+        let unsupported = |what, expected, found| {
+            Err(ModelError::Unsupported {
+                what,
+                expected,
+                found,
+            })
+        };
+        let [h, w] = shape.latent_cells;
+        for side in [h, w] {
+            if side == 0 || !side.is_multiple_of(2) {
+                return unsupported("sides in latent cells", "even and above 0", side);
+            }
+        }
+        let tokens = (h / 2).saturating_mul(w / 2).saturating_add(shape.text);
+        let all = tokens.saturating_mul(shape.b);
+        if all == 0 || all > MAX_TOKENS {
+            return unsupported("tokens of a batch", "1 to 134217728", all);
+        }
+        if !attention::supports(self.dh) && tokens > attention_any::MOST_TOKENS {
+            let expected = "at most 12000 with heads of this width (64 and 128 have no limit)";
+            return unsupported("tokens of a sample", expected, tokens);
+        }
+        Ok(())
+    }
+
+    /// Checks that velocities can be compared with latents of `shape`, and added to them.
+    ///
+    /// # Errors
+    ///
+    /// If the two have different numbers of channels (a network that is given more than latents, as FLUX.1 Fill is), or a
+    /// sample's number of elements is no multiple of 8.
+    pub fn check_velocity(&self, shape: Shape) -> Result<(), ModelError> {
+        let channels = self.config.velocity_channels();
+        if channels != self.config.in_channels {
+            return Err(ModelError::Unsupported {
+                what: "the velocity's channels",
+                expected: "those of the latent tokens",
+                found: channels,
+            });
+        }
+        let elements = shape.image() * channels;
+        if !elements.is_multiple_of(8) {
+            return Err(ModelError::Unsupported {
+                what: "the elements of a sample's latents",
+                expected: "a multiple of 8",
+                found: elements,
+            });
+        }
+        Ok(())
     }
 
     /// Modulation vectors of all blocks together, in elements per sample.
@@ -121,6 +183,67 @@ mod tests {
         assert_eq!(sizes.modulation_width(), 344 * 3072);
         assert_eq!(sizes.out_modulation(), 342 * 3072);
         assert_eq!(sizes.single_modulation(0), sizes.double_modulation(19));
+    }
+
+    #[test]
+    fn batches_that_no_kernel_can_count_are_refused_with_the_number() {
+        let refusal = |config: &MmditConfig, b, text, latent_cells: [usize; 2]| {
+            let sizes = Sizes::new(config).expect("supported widths");
+            let shape = Shape {
+                b,
+                text,
+                latent_cells,
+            };
+            match sizes.check_shape(shape) {
+                Ok(()) => None,
+                Err(ModelError::Unsupported { what, found, .. }) => Some((what, found)),
+                Err(error) => panic!("{error}"),
+            }
+        };
+        let flux = MmditConfig::flux_dev();
+        assert_eq!(refusal(&flux, 4, 512, [256, 256]), None);
+        for (b, text, cells, what) in [
+            (1, 512, [1, 64], "sides in latent cells"),
+            (1, 512, [64, 0], "sides in latent cells"),
+            (0, 512, [64, 64], "tokens of a batch"),
+            (3_000_000, 512, [64, 64], "tokens of a batch"),
+            (70_000 * 70_000, 512, [64, 64], "tokens of a batch"),
+            (1, 4_000_000_000, [64, 64], "tokens of a batch"),
+            (usize::MAX, usize::MAX, [64, 64], "tokens of a batch"),
+        ] {
+            let refused = refusal(&flux, b, text, cells).map(|(what, _)| what);
+            assert_eq!(refused, Some(what), "{b} {text} {cells:?}");
+        }
+        let tiny = MmditConfig::tiny();
+        assert_eq!(
+            refusal(&tiny, 1, 64, [220, 220]),
+            Some(("tokens of a sample", 12_164))
+        );
+    }
+
+    #[test]
+    fn a_network_that_is_given_more_than_latents_is_refused_for_training() {
+        let shape = Shape {
+            b: 1,
+            text: 512,
+            latent_cells: [64, 64],
+        };
+        let mut config = MmditConfig::flux_dev();
+        let check = |config: &MmditConfig, shape| {
+            let sizes = Sizes::new(config).expect("supported widths");
+            sizes
+                .check_velocity(shape)
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(check(&config, shape), Ok(()));
+        (config.in_channels, config.out_channels) = (12, 12);
+        let odd = Shape {
+            latent_cells: [10, 10],
+            ..shape
+        };
+        assert!(check(&config, odd).is_err_and(|error| error.contains("300")));
+        (config.in_channels, config.out_channels) = (384, 64);
+        assert!(check(&config, shape).is_err_and(|error| error.contains("64")));
     }
 
     #[test]

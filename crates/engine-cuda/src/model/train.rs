@@ -277,6 +277,7 @@ impl Engine {
             return Ok(bytes);
         }
         self.prepare_rope(shape)?;
+        self.sizes.check_velocity(shape)?;
         let counting = Arena::counting();
         Inputs::arrange(&counting, &self.sizes, shape);
         let memory = self.stream.allocate(counting.peak_bytes(), "a batch")?;
@@ -366,11 +367,6 @@ impl Engine {
         let config = &self.sizes.config;
         let per_sample = shape.image() * config.in_channels;
         let count = b * per_sample;
-        assert_eq!(
-            config.velocity_channels(),
-            config.in_channels,
-            "channels of velocity and latents"
-        );
         let half = |wide: View| -> Result<View, CudaError> {
             let n = wide.bytes() / 4;
             let view = cx.half(n);

@@ -94,7 +94,7 @@ pub struct LatentSizes {
 ///
 /// # Panics
 ///
-/// If a view is too short, or a side is odd. Whether `pictures` lie in the tables is the caller's promise.
+/// If a view is too short, a side is odd, or the tables are empty. A place beyond the tables' last picture is the last.
 pub fn draw(
     s: &Stream,
     t: Half,
@@ -112,6 +112,7 @@ pub fn draw(
         h.is_multiple_of(2) && w.is_multiple_of(2),
         "latents of {h}×{w} cells have no patches of 2×2"
     );
+    assert!(rows > 0, "tables without a picture");
     let n = b * c * h * w;
     let table = |view, what| elements(view, rows * c * h * w, 4, what);
     let args = Args::new()
@@ -125,7 +126,8 @@ pub fn draw(
         .i32(b)
         .i32(c)
         .i32(h)
-        .i32(w);
+        .i32(w)
+        .i32(rows);
     let launch = Launch {
         grid: [blocks((n / 4).div_ceil(THREADS).max(1)), 1, 1],
         block: [THREADS as u32, 1, 1],
@@ -143,7 +145,7 @@ pub fn draw(
 ///
 /// # Panics
 ///
-/// If a view is too short. Whether `rows` lie in the table is the caller's promise.
+/// If a view is too short, or the table is empty. A place beyond the table's last row is the last.
 pub fn gather(
     s: &Stream,
     t: Half,
@@ -154,11 +156,13 @@ pub fn gather(
     num_rows: usize,
     width: usize,
 ) -> Result<(), CudaError> {
+    assert!(num_rows > 0, "a table without a row");
     let args = Args::new()
         .ptr(vectors(out, b * width, 2, "gathered rows"))
         .ptr(vectors(table, num_rows * width, 2, "the table"))
         .ptr(elements(rows, b, 4, "places of rows"))
-        .i32(width);
+        .i32(width)
+        .i32(num_rows);
     let launch = Launch {
         grid: [blocks(b), blocks(width.div_ceil(8 * THREADS)), 1],
         block: [THREADS as u32, 1, 1],

@@ -27,6 +27,7 @@ impl Stream {
             meter: RefCell::new(Meter::Count(Rates::H100, [Tally::default(); 4])),
             allocated: Rc::new(Cell::new(0)),
             until_failure: Cell::new(None),
+            recording: Cell::new(false),
             #[cfg(test)]
             host: false,
         }

@@ -53,7 +53,7 @@ pub fn image_processor(run: &mut CaseRun) -> Result<(), CaseError> {
     let (picture, shape) = run.u8("in.image_u8")?;
     let [height_px, width_px, _] = run.axes("in.image_u8", shape)?;
     let pictures: &[&[u8]] = &[&picture];
-    let preprocessed = pixels::from_rgb8(pictures, width_px, height_px, &cpu(), Precision::F32);
+    let preprocessed = pixels::from_rgb8(pictures, width_px, height_px, &cpu());
     run.output_tensor("preprocessed", &preprocessed);
 
     let tensor: Tensor<4> = run.tensor("in.tensor", &cpu())?;

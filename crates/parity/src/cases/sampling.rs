@@ -85,7 +85,7 @@ pub fn sample(run: &mut CaseRun) -> Result<(), CaseError> {
         steps.push(latents.clone());
     })?;
     run.output_tensor("latents", &Tensor::stack::<4>(steps, 0));
-    if let Some(picture) = decode(&vae, latents, latent_cells).into_iter().next() {
+    if let Some(picture) = decode(&vae, latents, latent_cells)?.into_iter().next() {
         let shape = [picture.height_px as usize, picture.width_px as usize, 3];
         run.output("image_u8", Values::U8(picture.pixels), &shape);
     }

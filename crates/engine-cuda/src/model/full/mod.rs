@@ -118,15 +118,10 @@ pub struct FullTrainer {
     stream: Stream,
 }
 
-fn check(config: &MmditConfig) -> Result<(), ModelError> {
-    let channels = config.velocity_channels();
-    if channels != config.in_channels {
-        return Err(ModelError::Unsupported {
-            what: "the velocity's channels",
-            expected: "those of the latent tokens",
-            found: channels,
-        });
-    }
+fn check(sizes: &Sizes, shape: Shape) -> Result<(), ModelError> {
+    sizes.check_shape(shape)?;
+    sizes.check_velocity(shape)?;
+    let channels = sizes.config.in_channels;
     if !channels.is_multiple_of(8) {
         return Err(ModelError::Unsupported {
             what: "the latent tokens' channels",
@@ -155,7 +150,7 @@ impl FullTrainer {
         options: FullOptions,
     ) -> Result<Self, CudaError> {
         let sizes = Sizes::new(config)?;
-        check(config)?;
+        check(&sizes, options.shape)?;
         assert_eq!(
             options.guidance.is_some(),
             config.guidance_embeds,
