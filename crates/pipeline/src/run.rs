@@ -134,6 +134,7 @@ impl StageRun {
             components,
             options,
             progress: pipeline.progress().clone(),
+            forced: force,
         };
         Ok(Begin::Run(Box::new(Self {
             context,

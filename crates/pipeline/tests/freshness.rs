@@ -516,6 +516,30 @@ fn a_forced_run_keeps_the_old_artifact_until_it_is_done() {
 }
 
 #[test]
+fn a_forced_run_is_offered_no_earlier_rows() {
+    let world = World::new();
+    world.run_all();
+    let offered = |force: bool| {
+        let Begin::Run(run) =
+            StageRun::begin(world.look(), EmbedText, options(), force).expect("begins")
+        else {
+            panic!("embed-text must run");
+        };
+        let context = run.context();
+        let found = (
+            context.earlier_artifacts().len(),
+            context.reusable_artifacts().len(),
+        );
+        run.abandon();
+        found
+    };
+    assert_eq!(offered(true), (0, 0));
+    write(&world.data.join("a.txt"), "another caption of a");
+    world.run(Ingest, false).expect("runs");
+    assert_eq!(offered(false), (1, 1));
+}
+
+#[test]
 fn a_failed_run_leaves_no_artifact_and_no_directory() {
     let world = World::new();
     let failed = run_stage(
