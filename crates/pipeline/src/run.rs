@@ -2,7 +2,7 @@
 //!
 //! The seal is written after everything else, so whatever kills a run (Ctrl-C, SIGKILL, a power cut) leaves either a
 //! sealed artifact or a directory without a seal. A forced run works in a hidden directory beside the old artifact and
-//! takes its place only once sealed.
+//! takes its place only once sealed; a run killed between the two renames of that is completed by the next one.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -105,18 +105,17 @@ impl StageRun {
         let components = pipeline.components(task, &inputs)?;
         let fingerprint = Fingerprint::of(&components);
         let final_dir = pipeline.dir_of(stage, &fingerprint);
+        complete_replacement(&final_dir, stage, &fingerprint)
+            .map_err(PipelineError::write("restore", &final_dir))?;
         if !force
             && let Ok(Some(artifact)) = Artifact::open(&final_dir, stage)
             && artifact.manifest.fingerprint == fingerprint
         {
-            // Another process sealed it between our look and our lock.
+            // Another process sealed it between our look and our lock, or it was put back just now.
             return Ok(Begin::Fresh(Box::new(artifact)));
         }
         let dir = if final_dir.join(MANIFEST_FILE).exists() && force {
-            pipeline
-                .runs()
-                .join(stage.name())
-                .join(format!(".{}.forced", fingerprint.short()))
+            beside(&final_dir, "forced")
         } else {
             final_dir.clone()
         };
@@ -298,13 +297,17 @@ fn remove_temporary_files(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Puts a sealed directory where an older one is. Killed in between, neither is found and the stage runs again.
+/// The hidden directory beside an artifact where a forced run works (`forced`), or where the old artifact waits until
+/// the new one is in its place (`replaced`).
+fn beside(artifact: &Path, what: &str) -> PathBuf {
+    let name = artifact.file_name().unwrap_or_default().to_string_lossy();
+    artifact.with_file_name(format!(".{name}.{what}"))
+}
+
+/// Puts a sealed directory where an older one is. Killed in between, neither is found until [`complete_replacement`].
 fn take_place(new: &Path, old: &Path) -> io::Result<()> {
-    let name = old.file_name().unwrap_or_default().to_string_lossy();
-    let aside = old.with_file_name(format!(".{name}.replaced"));
-    if aside.exists() {
-        fs_err::remove_dir_all(&aside)?;
-    }
+    let aside = beside(old, "replaced");
+    remove_replaced(&aside)?;
     if old.exists() {
         fs_err::rename(old, &aside)?;
     }
@@ -312,8 +315,45 @@ fn take_place(new: &Path, old: &Path) -> io::Result<()> {
     if let Some(parent) = old.parent() {
         sync_directory(parent)?;
     }
-    if aside.exists() {
-        fs_err::remove_dir_all(&aside)?;
+    remove_replaced(&aside)
+}
+
+/// Completes what a run was killed in, between the two renames of [`take_place`]: the new artifact takes the place that
+/// is empty, or the old one if the new one is not whole.
+fn complete_replacement(
+    final_dir: &Path,
+    stage: Stage,
+    fingerprint: &Fingerprint,
+) -> io::Result<()> {
+    if final_dir.exists() {
+        return Ok(());
+    }
+    let is_sealed = |dir: &Path| {
+        matches!(Artifact::open(dir, stage), Ok(Some(artifact))
+            if artifact.manifest.fingerprint == *fingerprint)
+    };
+    let aside = beside(final_dir, "replaced");
+    for dir in [beside(final_dir, "forced"), aside.clone()] {
+        if is_sealed(&dir) {
+            tracing::info!(from = %dir.display(), to = %final_dir.display(), "interrupted replacement completed");
+            fs_err::rename(&dir, final_dir)?;
+            if let Some(parent) = final_dir.parent() {
+                sync_directory(parent)?;
+            }
+            return remove_replaced(&aside);
+        }
     }
     Ok(())
+}
+
+/// Removes an artifact that another one has replaced. Its seal goes first, so that what a kill leaves is never put back.
+fn remove_replaced(aside: &Path) -> io::Result<()> {
+    if !aside.exists() {
+        return Ok(());
+    }
+    match fs_err::remove_file(aside.join(MANIFEST_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs_err::remove_dir_all(aside)
 }

@@ -515,6 +515,58 @@ fn a_forced_run_keeps_the_old_artifact_until_it_is_done() {
     assert_eq!(world.run_all(), []);
 }
 
+/// A copy of a sealed artifact beside it, told apart by other text of the same length.
+fn copy_beside(artifact: &Path, what: &str, text: &str) -> PathBuf {
+    let name = artifact.file_name().expect("a name").to_string_lossy();
+    let copy = artifact.with_file_name(format!(".{name}.{what}"));
+    fs_err::create_dir_all(&copy).expect("created");
+    for entry in fs_err::read_dir(artifact).expect("listed") {
+        let entry = entry.expect("listed");
+        fs_err::copy(entry.path(), copy.join(entry.file_name())).expect("copied");
+    }
+    write(&copy.join("out.txt"), text);
+    copy
+}
+
+#[test]
+fn a_forced_run_killed_between_its_two_renames_is_completed_by_the_next_run() {
+    for force in [false, true] {
+        let world = World::new();
+        world.run_all();
+        let StageState::Fresh(artifact) = world.state(Ingest) else {
+            panic!("ingest is fresh");
+        };
+        let old = copy_beside(&artifact.dir, "replaced", "ingest");
+        let new = copy_beside(&artifact.dir, "forced", "INGEST");
+        fs_err::remove_dir_all(&artifact.dir).expect("removed");
+        assert!(!world.state(Ingest).is_fresh());
+
+        let (_, ran) = world.run(Ingest, force).expect("runs");
+        assert_eq!(ran, force);
+        let text = fs_err::read_to_string(artifact.path("out.txt")).expect("there");
+        assert_eq!(text, if force { "ingest" } else { "INGEST" });
+        assert!(!old.exists() && !new.exists());
+        assert_eq!(world.run_all(), []);
+    }
+}
+
+#[test]
+fn an_artifact_that_was_moved_aside_is_put_back_if_the_new_one_is_not_whole() {
+    let world = World::new();
+    world.run_all();
+    let StageState::Fresh(artifact) = world.state(Ingest) else {
+        panic!("ingest is fresh");
+    };
+    copy_beside(&artifact.dir, "replaced", "Ingest");
+    let half = copy_beside(&artifact.dir, "forced", "INGEST");
+    fs_err::remove_file(half.join(MANIFEST_FILE)).expect("unsealed");
+    fs_err::remove_dir_all(&artifact.dir).expect("removed");
+    let (_, ran) = world.run(Ingest, false).expect("runs");
+    assert!(!ran);
+    let text = fs_err::read_to_string(artifact.path("out.txt")).expect("there");
+    assert_eq!(text, "Ingest");
+}
+
 #[test]
 fn a_forced_run_is_offered_no_earlier_rows() {
     let world = World::new();
