@@ -20,7 +20,7 @@ use crate::manifest::{
 };
 use crate::pipeline::Pipeline;
 use crate::recipe::Recipe;
-use crate::stage::Stage;
+use crate::stage::{Stage, files};
 use crate::state::{DirtyReason, StageState};
 use crate::task::Task;
 
@@ -121,7 +121,12 @@ impl StageRun {
         };
         let damaged = matches!(&state, StageState::Dirty { reasons, .. }
             if reasons.iter().any(|reason| matches!(reason, DirtyReason::Damaged { .. })));
-        let keep = stage.resumes() && !force && !damaged;
+        let keep = match (force, damaged) {
+            (false, false) if stage.resumes() => Keep::Everything,
+            // Each checkpoint carries a digest of its own, so that the damage of the rest says nothing about them.
+            (false, true) if stage == Stage::Train => Keep::Checkpoints,
+            _ => Keep::Nothing,
+        };
         make_ready(&dir, keep).map_err(PipelineError::write("prepare", &dir))?;
         let context = StageContext {
             stage,
@@ -129,11 +134,11 @@ impl StageRun {
             recipe: pipeline.recipe_for(task.data),
             runs: pipeline.runs().to_owned(),
             dir,
+            forced: force,
             inputs,
             components,
             options,
             progress: pipeline.progress().clone(),
-            forced: force,
         };
         Ok(Begin::Run(Box::new(Self {
             context,
@@ -262,8 +267,18 @@ pub fn run_stage<E: Into<Failure>>(
     }
 }
 
+/// What a run may continue from of what is in its directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    /// All but half-written files.
+    Everything,
+    /// Only the folder [`files::CHECKPOINTS`], without half-written files.
+    Checkpoints,
+    Nothing,
+}
+
 /// Makes an unsealed directory, empty unless a run may continue from what is in it.
-fn make_ready(dir: &Path, keep: bool) -> io::Result<()> {
+fn make_ready(dir: &Path, keep: Keep) -> io::Result<()> {
     if dir.exists() {
         // The seal goes first: from here on this is an interrupted run, whatever happens.
         match fs_err::remove_file(dir.join(MANIFEST_FILE)) {
@@ -271,10 +286,13 @@ fn make_ready(dir: &Path, keep: bool) -> io::Result<()> {
             _ => {}
         }
         sync_directory(dir)?;
-        if keep {
-            remove_temporary_files(dir)?;
-        } else {
-            fs_err::remove_dir_all(dir)?;
+        match keep {
+            Keep::Everything => remove_temporary_files(dir)?,
+            Keep::Checkpoints => {
+                remove_all_but(dir, files::CHECKPOINTS)?;
+                remove_temporary_files(dir)?;
+            }
+            Keep::Nothing => fs_err::remove_dir_all(dir)?,
         }
     }
     fs_err::create_dir_all(dir)?;
@@ -283,6 +301,21 @@ fn make_ready(dir: &Path, keep: bool) -> io::Result<()> {
         .prefix(".tmp")
         .tempfile_in(dir)?
         .close()
+}
+
+fn remove_all_but(dir: &Path, kept: &str) -> io::Result<()> {
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name() == kept {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs_err::remove_dir_all(entry.path())?;
+        } else {
+            fs_err::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Files that a killed process was writing when it was killed.

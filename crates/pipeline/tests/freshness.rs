@@ -468,6 +468,44 @@ fn a_damaged_artifact_is_made_again() {
 }
 
 #[test]
+fn a_damaged_training_run_keeps_its_checkpoints_and_nothing_else() {
+    let world = World::new();
+    world.run_all();
+    for (stage, kept) in [(Train, true), (EmbedText, false), (CacheLatents, false)] {
+        let StageState::Fresh(artifact) = world.state(stage) else {
+            panic!("{stage} is fresh");
+        };
+        let checkpoints = artifact.path(pipeline::files::CHECKPOINTS);
+        write(&checkpoints.join("step-20"), "state");
+        write(&checkpoints.join(".tmp123"), "half a file");
+        write(&artifact.path("lora/other"), "a file of the damaged run");
+        fs_err::remove_file(artifact.path("out.txt")).expect("removed");
+        let Begin::Run(run) =
+            StageRun::begin(world.look(), stage, options(), false).expect("begins")
+        else {
+            panic!("{stage} must run");
+        };
+        assert_eq!(run.context().dir, artifact.dir);
+        assert_eq!(checkpoints.join("step-20").exists(), kept, "{stage}");
+        let left: Vec<_> = fs_err::read_dir(&artifact.dir)
+            .expect("listed")
+            .map(|entry| entry.expect("listed").path())
+            .collect();
+        assert_eq!(
+            left,
+            if kept {
+                vec![checkpoints.clone()]
+            } else {
+                vec![]
+            }
+        );
+        assert!(!checkpoints.join(".tmp123").exists());
+        let report = stand_in(run.context()).expect("works");
+        run.finish(report).expect("seals");
+    }
+}
+
+#[test]
 fn checkpoints_may_be_deleted_from_a_sealed_artifact() {
     let world = World::new();
     for stage in [Ingest, EmbedText, CacheLatents] {
