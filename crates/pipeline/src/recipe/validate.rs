@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::Path;
 
 use crate::recipe::{
     CacheLatentsRecipe, Crop, EmbedTextRecipe, EvaluateRecipe, IngestRecipe, Recipe, SampleRecipe,
@@ -46,6 +47,11 @@ impl Complaints {
         );
     }
 
+    fn filled(&mut self, key: &'static str, path: &Path, problem: &str) {
+        let is_empty = path.to_string_lossy().trim().is_empty();
+        self.unless(!is_empty, key, problem);
+    }
+
     /// Also refuses NaN and infinity, which TOML can write.
     fn positive(&mut self, key: &'static str, value: f64) {
         self.unless(
@@ -77,7 +83,22 @@ impl Complaints {
 }
 
 impl Recipe {
-    /// Everything that is wrong with the values; empty for a recipe that makes sense.
+    /// The paths that must be there and are empty; to be asked while they are as the recipe writes them.
+    pub(super) fn empty_paths(&self) -> Vec<Complaint> {
+        let mut complaints = Complaints::default();
+        complaints.filled("base.path", &self.base.path, "is empty");
+        complaints.filled("ingest.source", &self.ingest.source, "is empty");
+        for lora in &self.sample.loras {
+            complaints.filled(
+                "sample.loras",
+                &lora.path,
+                "holds a LoRA whose path is empty",
+            );
+        }
+        complaints.0
+    }
+
+    /// Everything else that is wrong with the values; empty for a recipe that makes sense.
     pub(super) fn complaints(&self) -> Vec<Complaint> {
         let mut complaints = Complaints::default();
         complaints.named("name", &self.name);
@@ -388,6 +409,17 @@ mod tests {
             complaint_keys(&["evaluate.head_words=[\"Wizard hat\"]"]),
             ["evaluate.head_words"]
         );
+    }
+
+    #[test]
+    fn an_empty_path_is_refused_and_not_taken_for_the_directory_of_the_recipe() {
+        assert_eq!(complaint_keys(&["ingest.source="]), ["ingest.source"]);
+        assert_eq!(complaint_keys(&["base.path=\"\""]), ["base.path"]);
+        assert_eq!(
+            complaint_keys(&["sample.loras=[{path=\"\", scale=1.0}]"]),
+            ["sample.loras"]
+        );
+        assert_eq!(complaint_keys(&["ingest.source=."]), Vec::<&str>::new());
     }
 
     #[test]
