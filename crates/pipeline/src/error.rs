@@ -209,10 +209,10 @@ impl StageError for PipelineError {
                 found, multiple, ..
             } => {
                 let below = found / multiple * multiple;
-                if below == 0 {
-                    format!("use {multiple}")
-                } else {
-                    format!("use {below} or {}", below + multiple)
+                match below.checked_add(*multiple) {
+                    _ if below == 0 => format!("use {multiple}"),
+                    Some(above) => format!("use {below} or {above}"),
+                    None => format!("use {below}"),
                 }
             }
             Self::Blocked { upstream, .. } => {
@@ -225,5 +225,27 @@ impl StageError for PipelineError {
             Self::MissingDigest { stage, .. } => format!("run `cargo xtask {stage} --force`"),
         };
         Some(help)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_sizes_of_the_largest_number_are_told_without_overflow() {
+        let help = |found| {
+            PipelineError::SizeNotMultiple {
+                key: "sample.width_px",
+                found,
+                multiple: 16,
+                config: PathBuf::new(),
+            }
+            .help()
+            .expect("advice")
+        };
+        assert_eq!(help(u32::MAX), "use 4294967280");
+        assert_eq!(help(33), "use 32 or 48");
+        assert_eq!(help(15), "use 16");
     }
 }

@@ -11,6 +11,9 @@ use crate::recipe::{
     Schedule, TrainRecipe,
 };
 
+/// Longest side of a picture, in pixels: 16384×16384 is also the largest that `evaluate` reads back.
+const MAX_SIDE_PX: u32 = 1 << 14;
+
 /// A field and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Complaint {
@@ -44,6 +47,15 @@ impl Complaints {
             value >= least,
             key,
             format!("is {value}; at least {least} is needed"),
+        );
+    }
+
+    fn side_px(&mut self, key: &'static str, value: u32) {
+        self.at_least(key, value.into(), 1);
+        self.unless(
+            value <= MAX_SIDE_PX,
+            key,
+            format!("is {value}; at most {MAX_SIDE_PX} pixels are possible"),
         );
     }
 
@@ -124,11 +136,7 @@ fn embed_text(complaints: &mut Complaints, recipe: &EmbedTextRecipe) {
 }
 
 fn cache_latents(complaints: &mut Complaints, recipe: &CacheLatentsRecipe) {
-    complaints.at_least(
-        "cache_latents.resolution_px",
-        recipe.resolution_px.into(),
-        1,
-    );
+    complaints.side_px("cache_latents.resolution_px", recipe.resolution_px);
     complaints.at_least("cache_latents.views", recipe.views.into(), 1);
     let probability = recipe.flip_probability;
     complaints.unless(
@@ -251,8 +259,8 @@ fn sample(complaints: &mut Complaints, recipe: &SampleRecipe) {
         recipe.images_per_prompt.into(),
         1,
     );
-    complaints.at_least("sample.width_px", recipe.width_px.into(), 1);
-    complaints.at_least("sample.height_px", recipe.height_px.into(), 1);
+    complaints.side_px("sample.width_px", recipe.width_px);
+    complaints.side_px("sample.height_px", recipe.height_px);
     complaints.at_least("sample.t5_tokens", recipe.t5_tokens as u64, 2);
     complaints.finite("sample.lora_scale", recipe.lora_scale);
     for lora in &recipe.loras {
@@ -265,6 +273,17 @@ fn sample(complaints: &mut Complaints, recipe: &SampleRecipe) {
     );
     complaints.at_least("sample.sheet_columns", recipe.sheet_columns.into(), 1);
     complaints.at_least("sample.sheet_magnify", recipe.sheet_magnify.into(), 1);
+    let side_px = recipe.width_px.max(recipe.height_px);
+    complaints.unless(
+        // A side that is too long itself has been complained about.
+        side_px > MAX_SIDE_PX
+            || u64::from(side_px) * u64::from(recipe.sheet_magnify) <= u64::from(MAX_SIDE_PX),
+        "sample.sheet_magnify",
+        format!(
+            "is {}; a picture of {}×{} magnified so often has a side of more than {MAX_SIDE_PX} pixels",
+            recipe.sheet_magnify, recipe.width_px, recipe.height_px
+        ),
+    );
 }
 
 fn evaluate(complaints: &mut Complaints, recipe: &EvaluateRecipe) {
@@ -420,6 +439,32 @@ mod tests {
             ["sample.loras"]
         );
         assert_eq!(complaint_keys(&["ingest.source=."]), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn a_picture_larger_than_any_is_refused() {
+        let most = [
+            "sample.width_px=16384",
+            "sample.height_px=16384",
+            "sample.sheet_magnify=1",
+        ];
+        assert_eq!(complaint_keys(&most), Vec::<&str>::new());
+        assert_eq!(
+            complaint_keys(&["sample.width_px=4294967295"]),
+            ["sample.width_px"]
+        );
+        assert_eq!(
+            complaint_keys(&["sample.height_px=16385"]),
+            ["sample.height_px"]
+        );
+        assert_eq!(
+            complaint_keys(&["cache_latents.resolution_px=4294967295"]),
+            ["cache_latents.resolution_px"]
+        );
+        assert_eq!(
+            complaint_keys(&["sample.sheet_magnify=4294967295"]),
+            ["sample.sheet_magnify"]
+        );
     }
 
     #[test]
