@@ -18,7 +18,7 @@ use engine::{
 };
 use engine_cpu::Transformer;
 use flow_matching::{Purpose, Stream, TrainingPoint};
-use lora::LoraModule;
+use lora::{LoraModule, Target};
 use mmdit::{BaseWeights, LoadOptions, Mmdit, MmditConfig};
 use quant::{AdamWConfig, OptimizerKind};
 use random_base::{Part, initial_values};
@@ -251,10 +251,10 @@ impl Model {
             layers.filter(|layer| TARGETS.iter().any(|target| layer.path.ends_with(target)));
         let modules = targets.map(|layer| {
             let mut stream = Stream::new(0, Purpose::LoraInit, 0, &layer.path);
-            let (inputs, outputs) = (layer.in_features, layer.out_features);
-            let module =
-                LoraModule::gaussian(RANK, RANK as f32, inputs, outputs, || stream.normal());
-            (layer.path, module)
+            let target = Target::new(layer.path, layer.in_features, layer.out_features);
+            let module = LoraModule::gaussian(RANK, RANK as f32, &target, || stream.normal())
+                .expect("every layer is wider than the rank");
+            (target.path, module)
         });
         TrainableLora::from_modules(modules.collect())
     }

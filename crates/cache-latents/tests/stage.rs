@@ -178,6 +178,15 @@ impl World {
         overrides: &[&str],
         batch: Option<usize>,
     ) -> Result<(StageReport, bool), Failure> {
+        self.run_or_force(overrides, batch, false)
+    }
+
+    fn run_or_force(
+        &self,
+        overrides: &[&str],
+        batch: Option<usize>,
+        force: bool,
+    ) -> Result<(StageReport, bool), Failure> {
         let recipe = self.recipe(overrides);
         self.ingest(&recipe);
         run_stage(
@@ -186,7 +195,7 @@ impl World {
             Stage::CacheLatents,
             Self::options(batch),
             console::Progress::silent(),
-            false,
+            force,
             cache_latents::run,
         )
     }
@@ -270,6 +279,15 @@ fn an_earlier_shard_is_linked_not_copied() {
         fs_err::metadata(path).expect("a shard").ino()
     };
     assert_eq!(inode(&first), inode(&second));
+}
+
+#[test]
+fn a_forced_run_takes_nothing_over() {
+    let world = World::new(&[1, 2]);
+    let first = world.run(&[]);
+    let (forced, _) = world.run_or_force(&[], None, true).expect("the stage runs");
+    assert_eq!(counts(&forced), (2, 0));
+    assert_eq!((forced.outputs, forced.dir), (first.outputs, first.dir));
 }
 
 #[test]

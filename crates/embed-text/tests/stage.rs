@@ -129,6 +129,16 @@ impl World {
         overrides: &[&str],
         batch: Option<usize>,
     ) -> Result<StageReport, Failure> {
+        self.run_or_force(captions, overrides, batch, false)
+    }
+
+    fn run_or_force(
+        &self,
+        captions: &[&str],
+        overrides: &[&str],
+        batch: Option<usize>,
+        force: bool,
+    ) -> Result<StageReport, Failure> {
         // Other captions are other data.
         fs_err::write(self.path("data/some.png"), captions.concat()).expect("writable");
         let recipe = self.recipe(overrides);
@@ -168,7 +178,7 @@ impl World {
             Stage::EmbedText,
             options,
             progress,
-            false,
+            force,
             embed_text::run,
         )
         .map(|(report, _)| report)
@@ -304,6 +314,17 @@ fn one_edited_caption_costs_one_encoding() {
         .expect("the stage runs");
     assert_eq!(counts(&whole), (3, 0));
     assert_eq!(whole.outputs, second.outputs);
+}
+
+#[test]
+fn a_forced_run_takes_nothing_over() {
+    let world = World::new();
+    let first = world.run(&["a", "b"]);
+    let forced = world
+        .run_or_force(&["a", "b"], &[], None, true)
+        .expect("the stage runs");
+    assert_eq!(counts(&forced), (2, 0));
+    assert_eq!((forced.outputs, forced.dir), (first.outputs, first.dir));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What can be wrong with a LoRA file.
+//! What can be wrong with a LoRA file, or with a LoRA that is to be made.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ pub struct UnknownKey {
     pub nearest: Vec<String>,
 }
 
-/// Why a file is not a LoRA for this model.
+/// Why a file is not a LoRA for this model, or why there can be no such LoRA.
 #[derive(Debug, Error)]
 pub enum LoraError {
     /// The file itself cannot be read or written.
@@ -65,6 +65,16 @@ pub enum LoraError {
         rank_a: usize,
         /// Columns of `B`.
         rank_b: usize,
+    },
+    /// A new LoRA's rank is absurd for a layer: more than the wider of its sides.
+    #[error("`{module}` cannot have a LoRA of rank {rank}; its widths allow at most {limit}")]
+    RankTooLarge {
+        /// The module's path.
+        module: String,
+        /// The rank asked for.
+        rank: usize,
+        /// The largest that is allowed.
+        limit: usize,
     },
     /// The header tells another rank than the tensors have.
     #[error("{} says in `lora_adapter_metadata` that `{module}` has rank {expected}, but its tensors have rank {found}", path.display())]

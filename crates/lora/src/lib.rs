@@ -62,7 +62,7 @@ pub enum AlphaSource {
     Metadata,
     /// `.alpha` tensors.
     Tensors,
-    /// Nowhere: alpha is taken to be the rank, as every reader does. Worth a warning.
+    /// Nowhere, for one module at least: its alpha is taken to be the rank, as every reader does. Worth a warning.
     AssumedRank,
 }
 

@@ -1,5 +1,7 @@
 //! The two factors of one linear layer's adapter.
 
+use crate::{LoraError, Target};
+
 /// A factored addition to a linear layer's weight: `alpha / rank · B A`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraModule {
@@ -62,27 +64,21 @@ impl LoraModule {
     ///
     /// Source: `init_lora_weights="gaussian"`, peft 0.21.
     ///
+    /// # Errors
+    ///
+    /// If the layer takes no such rank, see [`LoraError::RankTooLarge`].
+    ///
     /// # Panics
     ///
     /// If `rank` is 0.
     pub fn gaussian(
         rank: usize,
         alpha: f32,
-        in_features: usize,
-        out_features: usize,
+        target: &Target,
         mut normal: impl FnMut() -> f32,
-    ) -> Self {
+    ) -> Result<Self, LoraError> {
         let deviation = 1.0 / rank as f32;
-        let a = (0..rank * in_features)
-            .map(|_| normal() * deviation)
-            .collect();
-        Self::new(
-            alpha,
-            in_features,
-            out_features,
-            a,
-            vec![0.0; out_features * rank],
-        )
+        Self::untrained(rank, alpha, target, || normal() * deviation)
     }
 
     /// An untrained module: `A` uniform between `±1 / √in`, `B` zero.
@@ -91,27 +87,45 @@ impl LoraModule {
     ///
     /// Source: `init_lora_weights=True` (Kaiming with `a = √5`), peft 0.21.
     ///
+    /// # Errors
+    ///
+    /// If the layer takes no such rank, see [`LoraError::RankTooLarge`].
+    ///
     /// # Panics
     ///
     /// If `rank` is 0.
     pub fn kaiming(
         rank: usize,
         alpha: f32,
-        in_features: usize,
-        out_features: usize,
+        target: &Target,
         mut uniform: impl FnMut() -> f32,
-    ) -> Self {
-        let bound = 1.0 / (in_features as f32).sqrt();
-        let a = (0..rank * in_features)
-            .map(|_| (2.0 * uniform() - 1.0) * bound)
-            .collect();
-        Self::new(
-            alpha,
-            in_features,
-            out_features,
-            a,
-            vec![0.0; out_features * rank],
-        )
+    ) -> Result<Self, LoraError> {
+        let bound = 1.0 / (target.in_features as f32).sqrt();
+        Self::untrained(rank, alpha, target, || (2.0 * uniform() - 1.0) * bound)
+    }
+
+    /// A module with `A` drawn row by row and `B` zero.
+    fn untrained(
+        rank: usize,
+        alpha: f32,
+        target: &Target,
+        mut draw: impl FnMut() -> f32,
+    ) -> Result<Self, LoraError> {
+        let (in_features, out_features) = (target.in_features, target.out_features);
+        // From the narrower side on a rank adds nothing, but peft takes any, and a recipe's one rank may be right for
+        // most layers and more than the inputs of a narrow one (FLUX's `x_embedder` has 64). Beyond the wider side a
+        // rank suits no layer of such a size, and cannot be allocated.
+        let limit = in_features.max(out_features);
+        if rank > limit {
+            return Err(LoraError::RankTooLarge {
+                module: target.path.clone(),
+                rank,
+                limit,
+            });
+        }
+        let a = (0..rank * in_features).map(|_| draw()).collect();
+        let b = vec![0.0; out_features * rank];
+        Ok(Self::new(alpha, in_features, out_features, a, b))
     }
 
     /// What `B A` is multiplied by.
@@ -157,12 +171,34 @@ mod tests {
 
     #[test]
     fn an_untrained_module_adds_nothing() {
-        let gaussian = LoraModule::gaussian(4, 8.0, 3, 2, || 2.0);
+        let target = |inputs| Target::new("to_q", inputs, 4);
+        let gaussian = LoraModule::gaussian(4, 8.0, &target(3), || 2.0).expect("a rank");
         assert_eq!(gaussian.a, [0.5; 12]);
         assert_eq!(gaussian.scale(), 2.0);
-        assert_eq!(gaussian.delta(), [0.0; 6]);
-        let kaiming = LoraModule::kaiming(1, 1.0, 4, 2, || 0.75);
+        assert_eq!(gaussian.delta(), [0.0; 12]);
+        let kaiming = LoraModule::kaiming(1, 1.0, &target(4), || 0.75).expect("a rank");
         assert_eq!(kaiming.a, [0.25; 4]);
-        assert_eq!(kaiming.b, [0.0; 2]);
+        assert_eq!(kaiming.b, [0.0; 4]);
+    }
+
+    #[test]
+    fn a_rank_beyond_the_wider_side_is_refused_before_anything_is_allocated() {
+        let target = Target::new("x_embedder", 2, 5);
+        let module = LoraModule::gaussian(5, 1.0, &target, || 0.0).expect("peft takes it too");
+        assert_eq!(module.rank, 5);
+        for rank in [6, 1_000_000_000_000, usize::MAX] {
+            for refused in [
+                LoraModule::gaussian(rank, 1.0, &target, || 0.0),
+                LoraModule::kaiming(rank, 1.0, &target, || 0.0),
+            ] {
+                let message = refused.expect_err("too large").to_string();
+                assert_eq!(
+                    message,
+                    format!(
+                        "`x_embedder` cannot have a LoRA of rank {rank}; its widths allow at most 5"
+                    )
+                );
+            }
+        }
     }
 }

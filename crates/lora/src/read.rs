@@ -69,10 +69,13 @@ impl LoraFile {
             });
         }
         let mut found: BTreeMap<String, (LoraModule, &str)> = BTreeMap::new();
-        let mut alpha_source = AlphaSource::AssumedRank;
+        let mut alpha_source = None;
         for (stem, keys, destination) in destinations {
             let (parts, source) = reader.parts(stem, keys, &destination, metadata.as_ref())?;
-            alpha_source = source;
+            // One module without an alpha is enough to tell of it.
+            if alpha_source != Some(AlphaSource::AssumedRank) {
+                alpha_source = Some(source);
+            }
             for (module_path, module) in parts {
                 if let Some((_, first)) = found.insert(module_path.clone(), (module, stem)) {
                     return Err(LoraError::Duplicate {
@@ -91,7 +94,7 @@ impl LoraFile {
         Ok(Self {
             modules,
             metadata: header,
-            alpha_source,
+            alpha_source: alpha_source.expect("a file without any stem was refused"),
         })
     }
 }

@@ -39,8 +39,10 @@ pub struct StageContext {
     /// The directory of all artifacts.
     pub runs: PathBuf,
     /// Where this run writes; it exists. It may hold files of an interrupted run of the same fingerprint when
-    /// [`Stage::resumes`], else it is empty.
+    /// [`Stage::resumes`], and checkpoints also of a damaged one; else it is empty.
     pub dir: PathBuf,
+    /// Whether the person asked for the work although its result is there: then nothing is taken over from earlier runs.
+    pub forced: bool,
     /// The sealed artifacts of [`Task::inputs`].
     pub inputs: BTreeMap<Task, Artifact>,
     /// What the fingerprint is made of, e.g. `weights.vae` → 64 hex digits.
@@ -93,8 +95,12 @@ impl StageContext {
             .unwrap_or_else(|| panic!("{} does not read {}", self.stage, part.name()))
     }
 
-    /// Sealed artifacts of this stage from other fingerprints, newest first, to reuse rows from.
+    /// Sealed artifacts of this stage, newest first, to reuse rows from. None for a forced run: what is there is what
+    /// the person does not trust.
     pub fn earlier_artifacts(&self) -> Vec<Artifact> {
+        if self.forced {
+            return Vec::new();
+        }
         earlier_artifacts(self.stage, &self.runs)
     }
 

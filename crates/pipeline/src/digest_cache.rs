@@ -114,8 +114,7 @@ impl DigestCache {
             .map(|path| {
                 let absolute =
                     std::path::absolute(path).map_err(PipelineError::io("resolve", path))?;
-                let metadata =
-                    fs_err::metadata(&absolute).map_err(PipelineError::io("read", path))?;
+                let metadata = fs_err::metadata(&absolute).map_err(PipelineError::read(path))?;
                 let seen = Seen::of(&metadata);
                 let known = self
                     .entries
@@ -146,7 +145,7 @@ impl DigestCache {
                 None => {
                     let hashed_at_ns = since_epoch().as_nanos();
                     let digest = hash_file(path, |mib| job.advance(mib))
-                        .map_err(PipelineError::io("read", path))?;
+                        .map_err(PipelineError::read(path))?;
                     let entry = Entry {
                         seen: *seen,
                         hashed_at_ns,
@@ -292,6 +291,17 @@ mod tests {
             .expect("opened");
         handle.set_modified(modified).expect("time set back");
         assert_ne!(digest(&mut cache, &file), before);
+    }
+
+    #[test]
+    fn a_file_that_vanished_is_bad_input() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let gone = dir.path().join("gone.png");
+        let error = cache(dir.path()).digests(&[gone]).expect_err("not there");
+        assert!(
+            matches!(error, PipelineError::NotReadable { .. }),
+            "{error}"
+        );
     }
 
     #[test]

@@ -24,6 +24,14 @@ pub enum PipelineError {
         /// The system's reason.
         source: io::Error,
     },
+    /// A file whose content decides a result is not readable, or no longer there.
+    #[error("cannot read {}", path.display())]
+    NotReadable {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The runs directory (or something below it) refuses to be written.
     #[error("cannot write to {}", path.display())]
     NotWritable {
@@ -153,6 +161,21 @@ impl PipelineError {
         }
     }
 
+    /// Wraps a failed reading of a file that the person gave; one that is gone or refuses is told apart.
+    pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound => {
+                Self::NotReadable { path, source }
+            }
+            _ => Self::Io {
+                action: "read",
+                path,
+                source,
+            },
+        }
+    }
+
     /// Wraps a failed write-like operation; a directory that refuses writing is told apart.
     pub(crate) fn write(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
@@ -185,6 +208,13 @@ impl StageError for PipelineError {
         let help = match self {
             Self::Recipe(error) => return error.help(),
             Self::Io { .. } => return None,
+            Self::NotReadable { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                "it was listed and is gone, or is a link to nothing: put it back or take the link away, and run it again"
+                    .to_owned()
+            }
+            Self::NotReadable { .. } => {
+                "give yourself the right to read it, or take it away".to_owned()
+            }
             Self::NotWritable { .. } => {
                 "choose a directory that you may write to with --runs DIR".to_owned()
             }
@@ -209,10 +239,10 @@ impl StageError for PipelineError {
                 found, multiple, ..
             } => {
                 let below = found / multiple * multiple;
-                if below == 0 {
-                    format!("use {multiple}")
-                } else {
-                    format!("use {below} or {}", below + multiple)
+                match below.checked_add(*multiple) {
+                    _ if below == 0 => format!("use {multiple}"),
+                    Some(above) => format!("use {below} or {above}"),
+                    None => format!("use {below}"),
                 }
             }
             Self::Blocked { upstream, .. } => {
@@ -225,5 +255,40 @@ impl StageError for PipelineError {
             Self::MissingDigest { stage, .. } => format!("run `cargo xtask {stage} --force`"),
         };
         Some(help)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_sizes_of_the_largest_number_are_told_without_overflow() {
+        let help = |found| {
+            PipelineError::SizeNotMultiple {
+                key: "sample.width_px",
+                found,
+                multiple: 16,
+                config: PathBuf::new(),
+            }
+            .help()
+            .expect("advice")
+        };
+        assert_eq!(help(u32::MAX), "use 4294967280");
+        assert_eq!(help(33), "use 32 or 48");
+        assert_eq!(help(15), "use 16");
+    }
+
+    #[test]
+    fn a_file_that_may_not_be_read_is_for_the_person_and_a_broken_disk_is_not() {
+        let error = |kind: io::ErrorKind| PipelineError::read(Path::new("/d/a.png"))(kind.into());
+        for kind in [io::ErrorKind::PermissionDenied, io::ErrorKind::NotFound] {
+            let error = error(kind);
+            assert_eq!(error.kind(), FailureKind::BadInput);
+            assert_eq!(error.to_string(), "cannot read /d/a.png");
+            assert!(error.help().is_some());
+        }
+        let broken = error(io::ErrorKind::Other);
+        assert_eq!(broken.kind(), FailureKind::Failed);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The seal is written after everything else, so whatever kills a run (Ctrl-C, SIGKILL, a power cut) leaves either a
 //! sealed artifact or a directory without a seal. A forced run works in a hidden directory beside the old artifact and
-//! takes its place only once sealed.
+//! takes its place only once sealed; a run killed between the two renames of that is completed by the next one.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -20,7 +20,7 @@ use crate::manifest::{
 };
 use crate::pipeline::Pipeline;
 use crate::recipe::Recipe;
-use crate::stage::Stage;
+use crate::stage::{Stage, files};
 use crate::state::{DirtyReason, StageState};
 use crate::task::Task;
 
@@ -105,24 +105,28 @@ impl StageRun {
         let components = pipeline.components(task, &inputs)?;
         let fingerprint = Fingerprint::of(&components);
         let final_dir = pipeline.dir_of(stage, &fingerprint);
+        complete_replacement(&final_dir, stage, &fingerprint)
+            .map_err(PipelineError::write("restore", &final_dir))?;
         if !force
             && let Ok(Some(artifact)) = Artifact::open(&final_dir, stage)
             && artifact.manifest.fingerprint == fingerprint
         {
-            // Another process sealed it between our look and our lock.
+            // Another process sealed it between our look and our lock, or it was put back just now.
             return Ok(Begin::Fresh(Box::new(artifact)));
         }
         let dir = if final_dir.join(MANIFEST_FILE).exists() && force {
-            pipeline
-                .runs()
-                .join(stage.name())
-                .join(format!(".{}.forced", fingerprint.short()))
+            beside(&final_dir, "forced")
         } else {
             final_dir.clone()
         };
         let damaged = matches!(&state, StageState::Dirty { reasons, .. }
             if reasons.iter().any(|reason| matches!(reason, DirtyReason::Damaged { .. })));
-        let keep = stage.resumes() && !force && !damaged;
+        let keep = match (force, damaged) {
+            (false, false) if stage.resumes() => Keep::Everything,
+            // Each checkpoint carries a digest of its own, so that the damage of the rest says nothing about them.
+            (false, true) if stage == Stage::Train => Keep::Checkpoints,
+            _ => Keep::Nothing,
+        };
         make_ready(&dir, keep).map_err(PipelineError::write("prepare", &dir))?;
         let context = StageContext {
             stage,
@@ -130,6 +134,7 @@ impl StageRun {
             recipe: pipeline.recipe_for(task.data),
             runs: pipeline.runs().to_owned(),
             dir,
+            forced: force,
             inputs,
             components,
             options,
@@ -262,8 +267,18 @@ pub fn run_stage<E: Into<Failure>>(
     }
 }
 
+/// What a run may continue from of what is in its directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    /// All but half-written files.
+    Everything,
+    /// Only the folder [`files::CHECKPOINTS`], without half-written files.
+    Checkpoints,
+    Nothing,
+}
+
 /// Makes an unsealed directory, empty unless a run may continue from what is in it.
-fn make_ready(dir: &Path, keep: bool) -> io::Result<()> {
+fn make_ready(dir: &Path, keep: Keep) -> io::Result<()> {
     if dir.exists() {
         // The seal goes first: from here on this is an interrupted run, whatever happens.
         match fs_err::remove_file(dir.join(MANIFEST_FILE)) {
@@ -271,10 +286,13 @@ fn make_ready(dir: &Path, keep: bool) -> io::Result<()> {
             _ => {}
         }
         sync_directory(dir)?;
-        if keep {
-            remove_temporary_files(dir)?;
-        } else {
-            fs_err::remove_dir_all(dir)?;
+        match keep {
+            Keep::Everything => remove_temporary_files(dir)?,
+            Keep::Checkpoints => {
+                remove_all_but(dir, files::CHECKPOINTS)?;
+                remove_temporary_files(dir)?;
+            }
+            Keep::Nothing => fs_err::remove_dir_all(dir)?,
         }
     }
     fs_err::create_dir_all(dir)?;
@@ -283,6 +301,21 @@ fn make_ready(dir: &Path, keep: bool) -> io::Result<()> {
         .prefix(".tmp")
         .tempfile_in(dir)?
         .close()
+}
+
+fn remove_all_but(dir: &Path, kept: &str) -> io::Result<()> {
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name() == kept {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs_err::remove_dir_all(entry.path())?;
+        } else {
+            fs_err::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Files that a killed process was writing when it was killed.
@@ -297,13 +330,17 @@ fn remove_temporary_files(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Puts a sealed directory where an older one is. Killed in between, neither is found and the stage runs again.
+/// The hidden directory beside an artifact where a forced run works (`forced`), or where the old artifact waits until
+/// the new one is in its place (`replaced`).
+fn beside(artifact: &Path, what: &str) -> PathBuf {
+    let name = artifact.file_name().unwrap_or_default().to_string_lossy();
+    artifact.with_file_name(format!(".{name}.{what}"))
+}
+
+/// Puts a sealed directory where an older one is. Killed in between, neither is found until [`complete_replacement`].
 fn take_place(new: &Path, old: &Path) -> io::Result<()> {
-    let name = old.file_name().unwrap_or_default().to_string_lossy();
-    let aside = old.with_file_name(format!(".{name}.replaced"));
-    if aside.exists() {
-        fs_err::remove_dir_all(&aside)?;
-    }
+    let aside = beside(old, "replaced");
+    remove_replaced(&aside)?;
     if old.exists() {
         fs_err::rename(old, &aside)?;
     }
@@ -311,8 +348,45 @@ fn take_place(new: &Path, old: &Path) -> io::Result<()> {
     if let Some(parent) = old.parent() {
         sync_directory(parent)?;
     }
-    if aside.exists() {
-        fs_err::remove_dir_all(&aside)?;
+    remove_replaced(&aside)
+}
+
+/// Completes what a run was killed in, between the two renames of [`take_place`]: the new artifact takes the place that
+/// is empty, or the old one if the new one is not whole.
+fn complete_replacement(
+    final_dir: &Path,
+    stage: Stage,
+    fingerprint: &Fingerprint,
+) -> io::Result<()> {
+    if final_dir.exists() {
+        return Ok(());
+    }
+    let is_sealed = |dir: &Path| {
+        matches!(Artifact::open(dir, stage), Ok(Some(artifact))
+            if artifact.manifest.fingerprint == *fingerprint)
+    };
+    let aside = beside(final_dir, "replaced");
+    for dir in [beside(final_dir, "forced"), aside.clone()] {
+        if is_sealed(&dir) {
+            tracing::info!(from = %dir.display(), to = %final_dir.display(), "interrupted replacement completed");
+            fs_err::rename(&dir, final_dir)?;
+            if let Some(parent) = final_dir.parent() {
+                sync_directory(parent)?;
+            }
+            return remove_replaced(&aside);
+        }
     }
     Ok(())
+}
+
+/// Removes an artifact that another one has replaced. Its seal goes first, so that what a kill leaves is never put back.
+fn remove_replaced(aside: &Path) -> io::Result<()> {
+    if !aside.exists() {
+        return Ok(());
+    }
+    match fs_err::remove_file(aside.join(MANIFEST_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs_err::remove_dir_all(aside)
 }

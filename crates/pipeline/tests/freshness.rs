@@ -468,6 +468,44 @@ fn a_damaged_artifact_is_made_again() {
 }
 
 #[test]
+fn a_damaged_training_run_keeps_its_checkpoints_and_nothing_else() {
+    let world = World::new();
+    world.run_all();
+    for (stage, kept) in [(Train, true), (EmbedText, false), (CacheLatents, false)] {
+        let StageState::Fresh(artifact) = world.state(stage) else {
+            panic!("{stage} is fresh");
+        };
+        let checkpoints = artifact.path(pipeline::files::CHECKPOINTS);
+        write(&checkpoints.join("step-20"), "state");
+        write(&checkpoints.join(".tmp123"), "half a file");
+        write(&artifact.path("lora/other"), "a file of the damaged run");
+        fs_err::remove_file(artifact.path("out.txt")).expect("removed");
+        let Begin::Run(run) =
+            StageRun::begin(world.look(), stage, options(), false).expect("begins")
+        else {
+            panic!("{stage} must run");
+        };
+        assert_eq!(run.context().dir, artifact.dir);
+        assert_eq!(checkpoints.join("step-20").exists(), kept, "{stage}");
+        let left: Vec<_> = fs_err::read_dir(&artifact.dir)
+            .expect("listed")
+            .map(|entry| entry.expect("listed").path())
+            .collect();
+        assert_eq!(
+            left,
+            if kept {
+                vec![checkpoints.clone()]
+            } else {
+                vec![]
+            }
+        );
+        assert!(!checkpoints.join(".tmp123").exists());
+        let report = stand_in(run.context()).expect("works");
+        run.finish(report).expect("seals");
+    }
+}
+
+#[test]
 fn checkpoints_may_be_deleted_from_a_sealed_artifact() {
     let world = World::new();
     for stage in [Ingest, EmbedText, CacheLatents] {
@@ -513,6 +551,82 @@ fn a_forced_run_keeps_the_old_artifact_until_it_is_done() {
         .collect();
     assert_eq!(left.len(), 1, "{left:?}");
     assert_eq!(world.run_all(), []);
+}
+
+/// A copy of a sealed artifact beside it, told apart by other text of the same length.
+fn copy_beside(artifact: &Path, what: &str, text: &str) -> PathBuf {
+    let name = artifact.file_name().expect("a name").to_string_lossy();
+    let copy = artifact.with_file_name(format!(".{name}.{what}"));
+    fs_err::create_dir_all(&copy).expect("created");
+    for entry in fs_err::read_dir(artifact).expect("listed") {
+        let entry = entry.expect("listed");
+        fs_err::copy(entry.path(), copy.join(entry.file_name())).expect("copied");
+    }
+    write(&copy.join("out.txt"), text);
+    copy
+}
+
+#[test]
+fn a_forced_run_killed_between_its_two_renames_is_completed_by_the_next_run() {
+    for force in [false, true] {
+        let world = World::new();
+        world.run_all();
+        let StageState::Fresh(artifact) = world.state(Ingest) else {
+            panic!("ingest is fresh");
+        };
+        let old = copy_beside(&artifact.dir, "replaced", "ingest");
+        let new = copy_beside(&artifact.dir, "forced", "INGEST");
+        fs_err::remove_dir_all(&artifact.dir).expect("removed");
+        assert!(!world.state(Ingest).is_fresh());
+
+        let (_, ran) = world.run(Ingest, force).expect("runs");
+        assert_eq!(ran, force);
+        let text = fs_err::read_to_string(artifact.path("out.txt")).expect("there");
+        assert_eq!(text, if force { "ingest" } else { "INGEST" });
+        assert!(!old.exists() && !new.exists());
+        assert_eq!(world.run_all(), []);
+    }
+}
+
+#[test]
+fn an_artifact_that_was_moved_aside_is_put_back_if_the_new_one_is_not_whole() {
+    let world = World::new();
+    world.run_all();
+    let StageState::Fresh(artifact) = world.state(Ingest) else {
+        panic!("ingest is fresh");
+    };
+    copy_beside(&artifact.dir, "replaced", "Ingest");
+    let half = copy_beside(&artifact.dir, "forced", "INGEST");
+    fs_err::remove_file(half.join(MANIFEST_FILE)).expect("unsealed");
+    fs_err::remove_dir_all(&artifact.dir).expect("removed");
+    let (_, ran) = world.run(Ingest, false).expect("runs");
+    assert!(!ran);
+    let text = fs_err::read_to_string(artifact.path("out.txt")).expect("there");
+    assert_eq!(text, "Ingest");
+}
+
+#[test]
+fn a_forced_run_is_offered_no_earlier_rows() {
+    let world = World::new();
+    world.run_all();
+    let offered = |force: bool| {
+        let Begin::Run(run) =
+            StageRun::begin(world.look(), EmbedText, options(), force).expect("begins")
+        else {
+            panic!("embed-text must run");
+        };
+        let context = run.context();
+        let found = (
+            context.earlier_artifacts().len(),
+            context.reusable_artifacts().len(),
+        );
+        run.abandon();
+        found
+    };
+    assert_eq!(offered(true), (0, 0));
+    write(&world.data.join("a.txt"), "another caption of a");
+    world.run(Ingest, false).expect("runs");
+    assert_eq!(offered(false), (1, 1));
 }
 
 #[test]

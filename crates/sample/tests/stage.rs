@@ -60,6 +60,7 @@ impl Workshop {
             recipe: recipe.clone(),
             runs: self.path("runs"),
             dir,
+            forced: false,
             inputs: BTreeMap::new(),
             components: WeightPart::ALL
                 .map(|part| (format!("weights.{}", part.name()), "0".repeat(64)))

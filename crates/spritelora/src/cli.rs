@@ -287,7 +287,7 @@ pub struct StageOptions {
     /// Print one JSON document on stdout, and nothing else there
     #[arg(long)]
     pub json: bool,
-    /// Run even if fresh
+    /// Run even if fresh, and take nothing over from earlier runs
     #[arg(long)]
     pub force: bool,
     /// auto, cpu, cuda or cuda:INDEX

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use engine::TrainableLora;
 use flow_matching::{Purpose, Stream};
-use lora::LoraModule;
+use lora::{LoraError, LoraModule, Target};
 use mmdit::MmditConfig;
 use pipeline::recipe::{LoraInit, TrainRecipe};
 
@@ -14,7 +14,7 @@ use crate::error::TrainError;
 ///
 /// # Errors
 ///
-/// If a target names no layer.
+/// If a target names no layer, or the rank is too large for one.
 pub fn untrained_lora(
     config: &MmditConfig,
     recipe: &TrainRecipe,
@@ -39,18 +39,16 @@ pub fn untrained_lora(
         .map(|layer| {
             let mut stream = Stream::new(recipe.seed, Purpose::LoraInit, 0, &layer.path);
             let (rank, alpha) = (recipe.rank, recipe.alpha as f32);
-            let sizes = (layer.in_features, layer.out_features);
+            let target = Target::new(layer.path, layer.in_features, layer.out_features);
             let module = match recipe.lora_init {
                 LoraInit::Gaussian => {
-                    LoraModule::gaussian(rank, alpha, sizes.0, sizes.1, || stream.normal())
+                    LoraModule::gaussian(rank, alpha, &target, || stream.normal())
                 }
-                LoraInit::Kaiming => {
-                    LoraModule::kaiming(rank, alpha, sizes.0, sizes.1, || stream.uniform())
-                }
-            };
-            (layer.path, module)
+                LoraInit::Kaiming => LoraModule::kaiming(rank, alpha, &target, || stream.uniform()),
+            }?;
+            Ok((target.path, module))
         })
-        .collect();
+        .collect::<Result<_, LoraError>>()?;
     Ok(TrainableLora::from_modules(modules))
 }
 
@@ -67,6 +65,8 @@ fn ending(path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pipeline::{FailureKind, StageError as _};
+
     use super::*;
     use crate::tests::support::recipe;
 
@@ -110,6 +110,21 @@ mod tests {
         };
         assert_eq!(target, "to_qq");
         assert!(known.contains(&"to_out.0".to_owned()) && known.contains(&"to_q".to_owned()));
+    }
+
+    #[test]
+    fn an_absurd_rank_is_bad_input_that_names_the_layer() {
+        let mut train = recipe().train;
+        for rank in [1_000_000_000_000, i64::MAX as usize] {
+            train.rank = rank;
+            let error = untrained_lora(&MmditConfig::tiny(), &train).expect_err("too large");
+            assert_eq!(error.kind(), FailureKind::BadInput);
+            let message = error.to_string();
+            assert!(
+                message.contains("attn.to_") && message.contains(&rank.to_string()),
+                "{message}"
+            );
+        }
     }
 
     #[test]

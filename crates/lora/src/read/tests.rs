@@ -105,6 +105,19 @@ fn alpha_comes_from_the_header_or_from_a_tensor_but_not_from_both() {
 }
 
 #[test]
+fn one_module_without_an_alpha_is_told_wherever_it_stands() {
+    const K_A: &str = "transformer.transformer_blocks.0.attn.to_k.lora_A.weight";
+    const K_B: &str = "transformer.transformer_blocks.0.attn.to_k.lora_B.weight";
+    let k = [(K_A, Q_A.1, Q_A.2), (K_B, Q_B.1, Q_B.2)];
+    for with_alpha in ["to_k", "to_q"] {
+        let key = format!("transformer.transformer_blocks.0.attn.{with_alpha}.alpha");
+        let alpha = (key.as_str(), &[][..], &[0.5][..]);
+        let file = read(&[k[0], k[1], Q_A, Q_B, alpha], &[]).expect("a LoRA");
+        assert_eq!(file.alpha_source, AlphaSource::AssumedRank, "{with_alpha}");
+    }
+}
+
+#[test]
 fn a_header_with_another_rank_is_refused() {
     let header = (
         "lora_adapter_metadata",

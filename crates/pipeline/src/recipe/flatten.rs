@@ -16,11 +16,48 @@ const PATHS: [&str; 5] = [
     "held_out",
 ];
 
+/// Fields of other stages' sections that `evaluate` reads of what was drawn: whether a LoRA had a part in it.
+const READ_OF_DRAWN: [&str; 2] = ["recipe.sample.use_trained_lora", "recipe.sample.loras"];
+
+/// Fields of other stages' sections that `evaluate` reads where pictures are held out: how a real sprite is shown, and
+/// how the loss is computed.
+const READ_WITH_HELD_OUT: [&str; 6] = [
+    "recipe.cache_latents.background",
+    "recipe.cache_latents.resolution_px",
+    "recipe.cache_latents.scaling",
+    "recipe.train.base_format",
+    "recipe.train.guidance",
+    "recipe.train.precision",
+];
+
 impl Recipe {
+    /// Everything in the recipe that decides the stage's result: [`Recipe::section`], and for `evaluate` the fields of
+    /// other sections that it reads.
+    pub fn flattened(&self, stage: Stage) -> BTreeMap<String, String> {
+        let mut flat = self.section(stage);
+        if stage == Stage::Evaluate {
+            let mut read: Vec<&str> = READ_OF_DRAWN.to_vec();
+            if self.evaluate.held_out.is_some() {
+                read.extend(READ_WITH_HELD_OUT);
+            }
+            let is_read = |key: &str| {
+                read.iter().any(|field| {
+                    key.strip_prefix(field)
+                        .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                })
+            };
+            for other in [Stage::CacheLatents, Stage::Train, Stage::Sample] {
+                let fields = self.section(other).into_iter();
+                flat.extend(fields.filter(|(key, _)| is_read(key)));
+            }
+        }
+        flat
+    }
+
     /// The stage's section, e.g. `recipe.train.learning_rate` → `0.0001`, without paths.
     ///
     /// Values are JSON, so that text and number differ; lists of plain values stay one value.
-    pub fn flattened(&self, stage: Stage) -> BTreeMap<String, String> {
+    fn section(&self, stage: Stage) -> BTreeMap<String, String> {
         let section = match stage {
             Stage::Ingest => serde_json::to_value(&self.ingest),
             Stage::EmbedText => serde_json::to_value(&self.embed_text),
@@ -99,6 +136,40 @@ mod tests {
             assert_eq!(
                 flattened(stage, &[]),
                 flattened(stage, &[change]),
+                "{change}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_evaluate_reads_of_other_sections_decides_its_result() {
+        let held_out = "evaluate.held_out=/held-out";
+        for change in [
+            "cache_latents.background=drop-alpha",
+            "cache_latents.resolution_px=1024",
+            "cache_latents.scaling=bilinear-short-side",
+            "sample.loras=[{path='/a', scale=1.0}]",
+            "train.base_format=nf4",
+            "train.guidance=9.5",
+            "train.precision=bf16",
+        ] {
+            assert_ne!(
+                flattened(Stage::Evaluate, &[held_out]),
+                flattened(Stage::Evaluate, &[held_out, change]),
+                "{change}"
+            );
+        }
+        let alone = ["evaluate.held_out=\"\"", "sample.compare_with_base=false"];
+        let without_lora = [alone[0], alone[1], "sample.use_trained_lora=false"];
+        assert_ne!(
+            flattened(Stage::Evaluate, &alone),
+            flattened(Stage::Evaluate, &without_lora)
+        );
+        // What it does not read decides nothing: without held-out pictures no loss is computed.
+        for change in ["train.guidance=9.5", "train.steps=77", "sample.steps=77"] {
+            assert_eq!(
+                flattened(Stage::Evaluate, &alone),
+                flattened(Stage::Evaluate, &[alone[0], alone[1], change]),
                 "{change}"
             );
         }

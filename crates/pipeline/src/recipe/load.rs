@@ -129,8 +129,10 @@ impl Recipe {
                     })?;
             }
         }
+        // Before they are resolved: an empty path would become the directory that others start at.
+        let mut complaints = recipe.empty_paths();
         recipe.make_paths_absolute(&root_of(path));
-        let complaints = recipe.complaints();
+        complaints.extend(recipe.complaints());
         if complaints.is_empty() {
             Ok(recipe)
         } else {

@@ -4,11 +4,15 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::Path;
 
 use crate::recipe::{
     CacheLatentsRecipe, Crop, EmbedTextRecipe, EvaluateRecipe, IngestRecipe, Recipe, SampleRecipe,
     Schedule, TrainRecipe,
 };
+
+/// Longest side of a picture, in pixels: 16384×16384 is also the largest that `evaluate` reads back.
+const MAX_SIDE_PX: u32 = 1 << 14;
 
 /// A field and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +50,20 @@ impl Complaints {
         );
     }
 
+    fn side_px(&mut self, key: &'static str, value: u32) {
+        self.at_least(key, value.into(), 1);
+        self.unless(
+            value <= MAX_SIDE_PX,
+            key,
+            format!("is {value}; at most {MAX_SIDE_PX} pixels are possible"),
+        );
+    }
+
+    fn filled(&mut self, key: &'static str, path: &Path, problem: &str) {
+        let is_empty = path.to_string_lossy().trim().is_empty();
+        self.unless(!is_empty, key, problem);
+    }
+
     /// Also refuses NaN and infinity, which TOML can write.
     fn positive(&mut self, key: &'static str, value: f64) {
         self.unless(
@@ -77,7 +95,22 @@ impl Complaints {
 }
 
 impl Recipe {
-    /// Everything that is wrong with the values; empty for a recipe that makes sense.
+    /// The paths that must be there and are empty; to be asked while they are as the recipe writes them.
+    pub(super) fn empty_paths(&self) -> Vec<Complaint> {
+        let mut complaints = Complaints::default();
+        complaints.filled("base.path", &self.base.path, "is empty");
+        complaints.filled("ingest.source", &self.ingest.source, "is empty");
+        for lora in &self.sample.loras {
+            complaints.filled(
+                "sample.loras",
+                &lora.path,
+                "holds a LoRA whose path is empty",
+            );
+        }
+        complaints.0
+    }
+
+    /// Everything else that is wrong with the values; empty for a recipe that makes sense.
     pub(super) fn complaints(&self) -> Vec<Complaint> {
         let mut complaints = Complaints::default();
         complaints.named("name", &self.name);
@@ -103,11 +136,7 @@ fn embed_text(complaints: &mut Complaints, recipe: &EmbedTextRecipe) {
 }
 
 fn cache_latents(complaints: &mut Complaints, recipe: &CacheLatentsRecipe) {
-    complaints.at_least(
-        "cache_latents.resolution_px",
-        recipe.resolution_px.into(),
-        1,
-    );
+    complaints.side_px("cache_latents.resolution_px", recipe.resolution_px);
     complaints.at_least("cache_latents.views", recipe.views.into(), 1);
     let probability = recipe.flip_probability;
     complaints.unless(
@@ -230,8 +259,8 @@ fn sample(complaints: &mut Complaints, recipe: &SampleRecipe) {
         recipe.images_per_prompt.into(),
         1,
     );
-    complaints.at_least("sample.width_px", recipe.width_px.into(), 1);
-    complaints.at_least("sample.height_px", recipe.height_px.into(), 1);
+    complaints.side_px("sample.width_px", recipe.width_px);
+    complaints.side_px("sample.height_px", recipe.height_px);
     complaints.at_least("sample.t5_tokens", recipe.t5_tokens as u64, 2);
     complaints.finite("sample.lora_scale", recipe.lora_scale);
     for lora in &recipe.loras {
@@ -244,6 +273,17 @@ fn sample(complaints: &mut Complaints, recipe: &SampleRecipe) {
     );
     complaints.at_least("sample.sheet_columns", recipe.sheet_columns.into(), 1);
     complaints.at_least("sample.sheet_magnify", recipe.sheet_magnify.into(), 1);
+    let side_px = recipe.width_px.max(recipe.height_px);
+    complaints.unless(
+        // A side that is too long itself has been complained about.
+        side_px > MAX_SIDE_PX
+            || u64::from(side_px) * u64::from(recipe.sheet_magnify) <= u64::from(MAX_SIDE_PX),
+        "sample.sheet_magnify",
+        format!(
+            "is {}; a picture of {}×{} magnified so often has a side of more than {MAX_SIDE_PX} pixels",
+            recipe.sheet_magnify, recipe.width_px, recipe.height_px
+        ),
+    );
 }
 
 fn evaluate(complaints: &mut Complaints, recipe: &EvaluateRecipe) {
@@ -387,6 +427,43 @@ mod tests {
         assert_eq!(
             complaint_keys(&["evaluate.head_words=[\"Wizard hat\"]"]),
             ["evaluate.head_words"]
+        );
+    }
+
+    #[test]
+    fn an_empty_path_is_refused_and_not_taken_for_the_directory_of_the_recipe() {
+        assert_eq!(complaint_keys(&["ingest.source="]), ["ingest.source"]);
+        assert_eq!(complaint_keys(&["base.path=\"\""]), ["base.path"]);
+        assert_eq!(
+            complaint_keys(&["sample.loras=[{path=\"\", scale=1.0}]"]),
+            ["sample.loras"]
+        );
+        assert_eq!(complaint_keys(&["ingest.source=."]), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn a_picture_larger_than_any_is_refused() {
+        let most = [
+            "sample.width_px=16384",
+            "sample.height_px=16384",
+            "sample.sheet_magnify=1",
+        ];
+        assert_eq!(complaint_keys(&most), Vec::<&str>::new());
+        assert_eq!(
+            complaint_keys(&["sample.width_px=4294967295"]),
+            ["sample.width_px"]
+        );
+        assert_eq!(
+            complaint_keys(&["sample.height_px=16385"]),
+            ["sample.height_px"]
+        );
+        assert_eq!(
+            complaint_keys(&["cache_latents.resolution_px=4294967295"]),
+            ["cache_latents.resolution_px"]
+        );
+        assert_eq!(
+            complaint_keys(&["sample.sheet_magnify=4294967295"]),
+            ["sample.sheet_magnify"]
         );
     }
 

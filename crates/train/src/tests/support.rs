@@ -282,6 +282,7 @@ impl World {
             recipe,
             runs: self.root.path().to_owned(),
             dir: self.path(dir),
+            forced: false,
             inputs: inputs.map(|stage| (stage.into(), artifact(stage))).into(),
             components: WeightPart::ALL
                 .map(|part| (format!("weights.{}", part.name()), digest(part).to_string()))
