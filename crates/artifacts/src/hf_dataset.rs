@@ -2,14 +2,13 @@
 //! text column.
 //!
 //! An image is `struct<bytes: binary, path: string>` (a plain binary column is taken too). Rows are decoded in batches of
-//! a few MiB, or one by one; the files are mapped, so memory does not grow with them. Some writers put the first thousand
-//! pictures of a row group into its dictionary, which must be decoded whole for any of its rows; batches are then as large
-//! as the dictionary, and the last one is kept for the rows that are asked for next.
+//! a few MiB, or one by one; the files are mapped, so memory does not grow with them. Some writers put a thousand pictures
+//! into one page, which must be decompressed whole for any of them, and the first thousand into the dictionary, which all
+//! that refer to it need; where a single row is that costly, its batch is decoded and the latest batches are kept.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 
 use polars_arrow::array::{Array, BinaryViewArray, StructArray, Utf8ViewArray};
 use polars_arrow::datatypes::{ArrowDataType, Field};
@@ -17,10 +16,16 @@ use polars_arrow::datatypes::{ArrowDataType, Field};
 use crate::error::{ArtifactError, ParquetProblem, Result};
 use crate::parquet_read::ParquetFile;
 
+mod kept;
+
+pub(crate) use kept::Kept;
+
 /// Rows are decoded so many bytes at a time, by the column's mean.
 const BATCH_BYTES: usize = 16 << 20;
 /// … and no more rows than this, unless a dictionary is larger than that.
 const BATCH_ROWS: usize = 256;
+/// A single row is costly if this fraction of a batch must be expanded for it.
+const COSTLY_FRACTION: usize = 8;
 
 const IMAGE_TYPE: &str = "struct<bytes: binary, path: text> or binary";
 
@@ -42,6 +47,8 @@ pub struct ParquetImage {
 /// An open data set.
 pub struct ParquetImages {
     shards: Vec<Shard>,
+    /// What was decoded for [`Self::get`] where single rows are costly.
+    kept: Arc<Kept>,
 }
 
 struct Shard {
@@ -52,8 +59,6 @@ struct Shard {
     /// Mean size of an image, at least 1.
     image_bytes: usize,
     batch_bytes: usize,
-    /// The last batch that was decoded for [`ParquetImages::get`], where single rows are costly.
-    kept: Mutex<VecDeque<ParquetImage>>,
 }
 
 impl ParquetImages {
@@ -88,7 +93,18 @@ impl ParquetImages {
             .iter()
             .map(|path| Shard::open(path.as_ref(), image_column, text_column))
             .collect();
-        Ok(Self { shards: shards? })
+        Ok(Self {
+            shards: shards?,
+            kept: Arc::default(),
+        })
+    }
+
+    /// Keeps what it decodes together with others.
+    pub(crate) fn sharing(self, kept: &Arc<Kept>) -> Self {
+        Self {
+            kept: Arc::clone(kept),
+            ..self
+        }
     }
 
     /// The files, in the order given.
@@ -128,7 +144,7 @@ impl ParquetImages {
     ///
     /// If there is no such file.
     pub fn get(&self, file: usize, row: u32) -> Result<ParquetImage> {
-        self.shards[file].get(file, row)
+        self.shards[file].get(&self.kept, file, row)
     }
 
     /// All rows, file by file. After an error the next item is the first row of the next batch or file.
@@ -190,7 +206,6 @@ impl Shard {
             text,
             image_bytes,
             batch_bytes: BATCH_BYTES,
-            kept: Mutex::default(),
         })
     }
 
@@ -216,27 +231,36 @@ impl Shard {
         start.min(group.end)..(start + rows).min(group.end)
     }
 
-    fn get(&self, file: usize, row: u32) -> Result<ParquetImage> {
+    fn get(&self, kept: &Kept, file: usize, row: u32) -> Result<ParquetImage> {
+        let path = self.file.path();
+        if let Some(image) = kept.get(path, file, row) {
+            return Ok(image);
+        }
         let index = row as usize;
-        if self.file.dictionary_bytes(&self.image.name, index) <= self.batch_bytes {
-            let mut images = self.read(file, index..index + 1)?;
-            return images.pop_front().ok_or_else(|| self.out_of_range(index));
+        if index >= self.file.num_rows() {
+            return Err(self.out_of_range(index));
         }
-        // A panic elsewhere cannot leave half a batch: it is replaced in one assignment.
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = |kept: &VecDeque<ParquetImage>| {
-            row.checked_sub(kept.front()?.row)
-                .map(|place| place as usize)
+        let cost = self.file.expanded_bytes(&self.image, index)?;
+        let costly = cost > self.batch_bytes / COSTLY_FRACTION;
+        let rows = if costly {
+            self.batch_of(index)
+        } else {
+            index..index + 1
         };
-        if place(&kept).is_none_or(|place| place >= kept.len()) {
-            *kept = self.read(file, self.batch_of(index))?;
+        let place = index - rows.start;
+        // Outside the lock: threads read different batches at once.
+        let images = self.read(file, rows)?;
+        let image = images
+            .get(place)
+            .cloned()
+            .ok_or_else(|| self.out_of_range(index))?;
+        if costly {
+            kept.put(path, images);
         }
-        place(&kept)
-            .and_then(|place| kept.get(place).cloned())
-            .ok_or_else(|| self.out_of_range(index))
+        Ok(image)
     }
 
-    fn read(&self, file: usize, rows: Range<usize>) -> Result<VecDeque<ParquetImage>> {
+    fn read(&self, file: usize, rows: Range<usize>) -> Result<Vec<ParquetImage>> {
         if rows.end > self.file.num_rows() {
             return Err(self.out_of_range(rows.start));
         }
@@ -245,12 +269,12 @@ impl Shard {
             None => Vec::new(),
         };
         let mut captions = captions.iter().flat_map(|array| array.iter());
-        let mut images = VecDeque::with_capacity(rows.len());
+        let mut images = Vec::with_capacity(rows.len());
         let mut row = rows.start as u32; // fits: checked when opened
         for array in self.file.decode(&self.image, rows)? {
             let columns = ImageColumns::of(array.as_ref()).ok_or_else(|| self.unreadable())?;
             for index in 0..array.len() {
-                images.push_back(ParquetImage {
+                images.push(ParquetImage {
                     file,
                     row,
                     bytes: columns.bytes(index).unwrap_or_default().to_vec(),

@@ -1,8 +1,8 @@
 //! Reading Parquet files that nobody vouches for.
 //!
-//! The file is mapped, its footer parsed and compared with the file, and a column is decoded only over the rows asked
-//! for, after a walk over its page headers has shown that the pages are inside the chunk and expand to a sane size. The
-//! decoder is polars' own (`polars-parquet`), called below `polars-io` because that layer slices the file by unchecked
+//! The file is mapped, its footer parsed and compared with the file. Before a column is first decoded, a walk over its
+//! pages shows that they are inside the chunk and expand to a sane size, and where each row is; a read then decodes the
+//! pages that hold its rows and no others. The decoder is polars' own (`polars-parquet`), called below `polars-io` because that layer slices the file by unchecked
 //! offsets and treats half floats as unreachable when debug assertions are on. It panics on some damaged pages; such a
 //! panic is caught here and becomes an error.
 
@@ -11,14 +11,14 @@ use std::io::Cursor;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use polars_arrow::array::Array;
-use polars_arrow::datatypes::{ArrowSchema, Field};
+use polars_arrow::array::{Array, StructArray};
+use polars_arrow::datatypes::{ArrowDataType, ArrowSchema, Field};
 use polars_buffer::Buffer;
-use polars_parquet::parquet::page::CompressedPage;
 use polars_parquet::read::{
-    BasicDecompressor, ColumnChunkMetadata, FileMetadata, Filter, PageReader, RowGroupMetadata,
-    column_iter_to_arrays, infer_schema, read_metadata,
+    BasicDecompressor, ColumnChunkMetadata, FileMetadata, Filter, RowGroupMetadata,
+    column_iter_to_arrays, infer_schema, n_columns, read_metadata,
 };
 
 use crate::error::{ArtifactError, ParquetProblem, Result};
@@ -26,14 +26,13 @@ use crate::parquet_write::Footer;
 use crate::safetensors_file::map;
 
 mod columns;
+mod pages;
+
+use pages::{PageHeader, PageIndex, PageProblem, Selection};
 
 /// The four bytes at both ends of every Parquet file.
 const MAGIC: &[u8; 4] = b"PAR1";
 
-/// A page may always expand to this much …
-const FREE_PAGE_BYTES: usize = 64 << 20;
-/// … and beyond it only to so many times its compressed size.
-const MAX_EXPANSION: usize = 256;
 /// Columns that are read whole may have so many rows per byte of file: run lengths describe many equal values in little
 /// space, but no table of ours is more than this repetitive.
 const MAX_ROWS_PER_BYTE: u128 = 64;
@@ -46,6 +45,8 @@ pub(crate) struct ParquetFile {
     schema: ArrowSchema,
     /// First row of every row group, and the number of rows at the end.
     starts: Vec<usize>,
+    /// The pages of every row group's columns, or what is wrong with them; found when a column is first decoded.
+    page_indices: Vec<Vec<OnceLock<Result<PageIndex, PageProblem>>>>,
 }
 
 impl ParquetFile {
@@ -68,12 +69,24 @@ impl ParquetFile {
         })
         .map_err(|e| e.in_file("read the footer of", path))?;
         let starts = check_row_groups(&metadata, bytes.len()).map_err(damaged)?;
+        let page_indices = metadata
+            .row_groups
+            .iter()
+            .map(|group| {
+                group
+                    .parquet_columns()
+                    .iter()
+                    .map(|_| OnceLock::new())
+                    .collect()
+            })
+            .collect();
         Ok(Self {
             path: path.to_path_buf(),
             bytes,
             metadata,
             schema,
             starts,
+            page_indices,
         })
     }
 
@@ -153,6 +166,26 @@ impl ParquetFile {
             .unwrap_or(0)
     }
 
+    /// How many bytes the pages have, decompressed, that must be read for one row of a column.
+    pub fn expanded_bytes(&self, field: &Field, row: usize) -> Result<usize> {
+        let row_group = self.starts.partition_point(|&start| start <= row) - 1;
+        let Some(group) = self.metadata.row_groups.get(row_group) else {
+            return Ok(0);
+        };
+        let within = row - self.starts[row_group];
+        let place = format!("column {:?} in row group {row_group}", field.name.as_str());
+        guarded(&place, || {
+            let leaves = group.columns_idxs_under_root_iter(&field.name);
+            let mut total = 0usize;
+            for &leaf in leaves.unwrap_or_default() {
+                let selection = self.select(row_group, leaf, within..within + 1)?;
+                total = total.saturating_add(selection.expanded_bytes);
+            }
+            Ok(total)
+        })
+        .map_err(|e| e.in_file("decode", &self.path))
+    }
+
     /// Decodes `rows` of a column, an array per row group that they touch. `field` must be the schema's.
     pub fn decode(&self, field: &Field, rows: Range<usize>) -> Result<Vec<Box<dyn Array>>> {
         if rows.end > self.num_rows() {
@@ -204,31 +237,116 @@ impl ParquetFile {
         rows: Range<usize>,
     ) -> Result<Vec<Box<dyn Array>>> {
         let place = format!("column {:?} in row group {index}", field.name.as_str());
-        guarded(&place, || {
-            let mut columns = Vec::new();
-            let mut types = Vec::new();
-            for chunk in group
-                .columns_under_root_iter(&field.name)
-                .into_iter()
-                .flatten()
-            {
-                let bytes = self.chunk_bytes(chunk);
-                check_pages(&bytes, pages(bytes.clone(), chunk)).map_err(|(page, what)| {
-                    Failure::Problem(ParquetProblem::Page {
-                        row_group: index,
-                        column: leaf_name(chunk),
-                        page,
-                        what,
-                    })
-                })?;
-                columns.push(BasicDecompressor::new(pages(bytes, chunk), Vec::new()));
-                types.push(&chunk.descriptor().descriptor.primitive_type);
+        let leaves = group
+            .columns_idxs_under_root_iter(&field.name)
+            .unwrap_or_default();
+        guarded(&place, || match &field.dtype {
+            // Each field of a struct has pages of its own, and the decoder takes one range of rows for all columns.
+            ArrowDataType::Struct(children) if rows != (0..group.num_rows()) => {
+                self.decode_struct(field, children, index, leaves, rows)
             }
-            let filter = (rows != (0..group.num_rows())).then(|| Filter::Range(rows.clone()));
-            let (arrays, _) = column_iter_to_arrays(columns, types, field.clone(), filter)?;
-            Ok(arrays)
+            _ => self.decode_leaves(field, index, leaves, rows),
         })
         .map_err(|e| e.in_file("decode", &self.path))
+    }
+
+    /// Decodes a struct field by field.
+    fn decode_struct(
+        &self,
+        field: &Field,
+        children: &[Field],
+        row_group: usize,
+        mut leaves: &[usize],
+        rows: Range<usize>,
+    ) -> Result<Vec<Box<dyn Array>>, Failure> {
+        let length = |found: usize| {
+            Failure::Problem(ParquetProblem::Length {
+                column: field.name.to_string(),
+                expected: rows.len(),
+                found,
+            })
+        };
+        let mut values = Vec::with_capacity(children.len());
+        let mut validity = None;
+        for child in children {
+            let (own, others) = leaves
+                .split_at_checked(n_columns(&child.dtype))
+                .ok_or_else(|| length(0))?;
+            leaves = others;
+            let alone = Field {
+                dtype: ArrowDataType::Struct(vec![child.clone()]),
+                ..field.clone()
+            };
+            let arrays = self.decode_leaves(&alone, row_group, own, rows.clone())?;
+            let array = arrays
+                .first()
+                .and_then(|array| array.as_any().downcast_ref::<StructArray>())
+                .filter(|array| array.len() == rows.len())
+                .ok_or_else(|| length(arrays.iter().map(|array| array.len()).sum()))?;
+            values.push(array.values()[0].clone());
+            // Sound files say the same of the struct in every field; the library too goes by the last.
+            validity = array.validity().cloned();
+        }
+        let dtype = ArrowDataType::Struct(children.to_vec());
+        let array = StructArray::try_new(dtype, rows.len(), values, validity)?;
+        Ok(vec![array.boxed()])
+    }
+
+    /// Decodes rows of the columns that make up `field`; of a single column, only the pages that hold them.
+    fn decode_leaves(
+        &self,
+        field: &Field,
+        row_group: usize,
+        leaves: &[usize],
+        rows: Range<usize>,
+    ) -> Result<Vec<Box<dyn Array>>, Failure> {
+        let group = &self.metadata.row_groups[row_group];
+        let everything = 0..group.num_rows();
+        let wanted = if leaves.len() == 1 {
+            rows.clone()
+        } else {
+            everything.clone()
+        };
+        let mut columns = Vec::with_capacity(leaves.len());
+        let mut types = Vec::with_capacity(leaves.len());
+        let mut within = rows.clone();
+        for &leaf in leaves {
+            let chunk = &group.parquet_columns()[leaf];
+            let selection = self.select(row_group, leaf, wanted.clone())?;
+            if leaves.len() == 1 {
+                within = selection.rows.clone();
+            }
+            columns.push(BasicDecompressor::new(selection.reader(), Vec::new()));
+            types.push(&chunk.descriptor().descriptor.primitive_type);
+        }
+        let filter = (rows != everything).then_some(Filter::Range(within));
+        let (arrays, _) = column_iter_to_arrays(columns, types, field.clone(), filter)?;
+        Ok(arrays)
+    }
+
+    /// The pages of a column chunk that hold `rows` of its row group.
+    fn select(
+        &self,
+        row_group: usize,
+        leaf: usize,
+        rows: Range<usize>,
+    ) -> Result<Selection, Failure> {
+        let group = &self.metadata.row_groups[row_group];
+        let chunk = &group.parquet_columns()[leaf];
+        let bytes = self.chunk_bytes(chunk);
+        self.page_indices[row_group][leaf]
+            .get_or_init(|| PageIndex::of(&bytes, chunk, group.num_rows()))
+            .as_ref()
+            .map_err(|&problem| problem)
+            .and_then(|index| index.select(&bytes, rows))
+            .map_err(|(page, what)| {
+                Failure::Problem(ParquetProblem::Page {
+                    row_group,
+                    column: leaf_name(chunk),
+                    page,
+                    what,
+                })
+            })
     }
 
     /// The bytes of a column chunk. Its range was checked when the file was opened.
@@ -245,11 +363,6 @@ impl ParquetFile {
             problem,
         }
     }
-}
-
-fn pages(bytes: Buffer<u8>, chunk: &ColumnChunkMetadata) -> PageReader {
-    let max_page_bytes = bytes.len();
-    PageReader::new(Cursor::new(bytes), chunk, Vec::new(), max_page_bytes)
 }
 
 /// A column's name with those of the fields inside it: `image.bytes`.
@@ -323,81 +436,6 @@ fn check_row_groups(
         next
     }));
     Ok(starts)
-}
-
-/// Walks over the page headers of a chunk; gives the page and what is wrong with it.
-fn check_pages(chunk: &[u8], mut pages: PageReader) -> Result<(), (usize, &'static str)> {
-    let total = pages.total_num_values();
-    let sane = |uncompressed: usize, compressed: usize| {
-        uncompressed <= FREE_PAGE_BYTES.max(compressed.saturating_mul(MAX_EXPANSION))
-    };
-    let mut page = 0;
-    if total > 0 {
-        let header = PageHeader::parse(chunk).ok_or((0, "its header is unreadable"))?;
-        if header.is_dictionary {
-            if !sane(header.uncompressed_bytes, header.compressed_bytes) {
-                return Err((0, "its dictionary expands absurdly"));
-            }
-            pages
-                .read_dict()
-                .map_err(|_| (0, "its dictionary is unreadable"))?;
-            page = 1;
-        }
-    }
-    let mut values = 0usize;
-    for next in pages {
-        match next {
-            Ok(CompressedPage::Data(data)) => {
-                if !sane(data.uncompressed_size(), data.compressed_size()) {
-                    return Err((page, "it expands absurdly"));
-                }
-                values = values.saturating_add(data.num_values());
-            }
-            Ok(CompressedPage::Dict(_)) => return Err((page, "it is a second dictionary")),
-            Err(_) => return Err((page, "its header is unreadable or reaches past the chunk")),
-        }
-        page += 1;
-    }
-    if values != total {
-        return Err((
-            page,
-            "the pages hold another number of values than the footer says",
-        ));
-    }
-    Ok(())
-}
-
-/// The start of a page header, in Thrift's compact protocol: three i32 fields, each a byte 0x15 (next field, i32) and a
-/// zigzag varint. The library keeps these of a dictionary page to itself.
-struct PageHeader {
-    is_dictionary: bool,
-    uncompressed_bytes: usize,
-    compressed_bytes: usize,
-}
-
-impl PageHeader {
-    fn parse(chunk: &[u8]) -> Option<Self> {
-        const DICTIONARY_PAGE: usize = 2;
-        let mut bytes = chunk.iter().copied();
-        let mut field = || {
-            (bytes.next()? == 0x15).then_some(())?;
-            let mut zigzag = 0u64;
-            for shift in (0..35).step_by(7) {
-                let byte = bytes.next()?;
-                zigzag |= u64::from(byte & 0x7f) << shift;
-                if byte < 0x80 {
-                    // A negative number, odd in zigzag, is never right here.
-                    return zigzag.is_multiple_of(2).then_some((zigzag / 2) as usize);
-                }
-            }
-            None
-        };
-        Some(Self {
-            is_dictionary: field()? == DICTIONARY_PAGE,
-            uncompressed_bytes: field()?,
-            compressed_bytes: field()?,
-        })
-    }
 }
 
 /// Why something that was guarded failed.

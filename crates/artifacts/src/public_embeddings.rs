@@ -6,13 +6,18 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::OnceLock;
 
-use polars_arrow::array::{ListArray, PrimitiveArray};
+use polars_arrow::array::{Array, ListArray, PrimitiveArray};
 use polars_arrow::datatypes::{ArrowDataType, Field};
 
 use crate::error::Result;
 use crate::parquet_read::ParquetFile;
 use crate::text_embeddings::index_of;
+
+/// Text ids are decoded so many bytes at a time. Writers put thousands of these constant lists into one page, which must
+/// be decoded whole for any of them.
+const IDS_BYTES: usize = 16 << 20;
 
 /// What the encoders made of one image's caption.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +39,8 @@ pub struct PublicEmbeddings {
     t5_tokens: usize,
     t5_width: usize,
     pooled_width: usize,
+    /// How many text ids each row has, if they can be read and are finite; nobody needs the ids themselves.
+    num_ids: OnceLock<Vec<Option<usize>>>,
 }
 
 /// Opens a file in the public recipe's layout.
@@ -58,6 +65,7 @@ pub fn read_public_embeddings(path: &Path) -> Result<PublicEmbeddings> {
         t5_tokens: 0,
         t5_width: 0,
         pooled_width: 0,
+        num_ids: OnceLock::new(),
         file,
     };
     if !embeddings.is_empty() {
@@ -106,8 +114,12 @@ impl PublicEmbeddings {
         let Some(&row) = self.row_of.get(image_hash) else {
             return Ok(None);
         };
-        let ids = self.numbers(&self.text_ids, row)?;
-        self.check_length(&self.text_ids, row, self.t5_tokens * 3, ids.len())?;
+        let num_ids = match self.num_ids.get_or_init(|| self.count_ids())[row] {
+            Some(num_ids) => num_ids,
+            // Whatever is wrong with them, it is said again here.
+            None => self.numbers(&self.text_ids, row)?.len(),
+        };
+        self.check_length(&self.text_ids, row, self.t5_tokens * 3, num_ids)?;
         let t5 = self.numbers(&self.prompt_embeds, row)?;
         self.check_length(
             &self.prompt_embeds,
@@ -162,34 +174,51 @@ impl PublicEmbeddings {
         Err(self.file.wrong_cell(&field.name, row, expected, found))
     }
 
+    fn count_ids(&self) -> Vec<Option<usize>> {
+        let rows_at_once = (IDS_BYTES / (self.t5_tokens * 3 * size_of::<f64>())).max(1);
+        let mut counts = Vec::with_capacity(self.len());
+        for start in (0..self.len()).step_by(rows_at_once) {
+            let rows = start..(start + rows_at_once).min(self.len());
+            let count = |list: Option<Box<dyn Array>>| Some(numbers_of(list).ok()?.len());
+            match self
+                .file
+                .decode_as::<ListArray<i64>>(&self.text_ids, rows.clone())
+            {
+                Ok(lists) => counts.extend(lists.iter().flat_map(|list| list.iter()).map(count)),
+                Err(_) => counts.extend(rows.map(|_| None)),
+            }
+        }
+        counts
+    }
+
     /// One row's list.
     fn numbers(&self, field: &Field, row: usize) -> Result<Vec<f32>> {
-        let wrong = |found: &str| {
+        let lists = self.file.decode_as::<ListArray<i64>>(field, row..row + 1)?;
+        let list = lists.iter().flat_map(|list| list.iter()).next().flatten();
+        numbers_of(list).map_err(|found| {
             self.file
                 .wrong_cell(&field.name, row, "a list of finite numbers", found)
-        };
-        let lists = self.file.decode_as::<ListArray<i64>>(field, row..row + 1)?;
-        let list = lists
-            .iter()
-            .flat_map(|list| list.iter())
-            .next()
-            .flatten()
-            .ok_or_else(|| wrong("an empty cell"))?;
-        if list.null_count() > 0 {
-            return Err(wrong("a list with empty places"));
-        }
-        let numbers: Vec<f32> =
-            if let Some(list) = list.as_any().downcast_ref::<PrimitiveArray<f64>>() {
-                list.values().iter().map(|&number| number as f32).collect()
-            } else if let Some(list) = list.as_any().downcast_ref::<PrimitiveArray<f32>>() {
-                list.values().as_slice().to_vec()
-            } else {
-                return Err(self.file.wrong_type(field, NUMBER_LIST));
-            };
-        match numbers.iter().position(|number| !number.is_finite()) {
-            Some(place) => Err(wrong(&format!("{} at place {place}", numbers[place]))),
-            None => Ok(numbers),
-        }
+        })
+    }
+}
+
+/// A cell's numbers, or what was found instead.
+fn numbers_of(list: Option<Box<dyn Array>>) -> Result<Vec<f32>, String> {
+    let list = list.ok_or("an empty cell")?;
+    if list.null_count() > 0 {
+        return Err("a list with empty places".to_owned());
+    }
+    let numbers: Vec<f32> = if let Some(list) = list.as_any().downcast_ref::<PrimitiveArray<f64>>()
+    {
+        list.values().iter().map(|&number| number as f32).collect()
+    } else if let Some(list) = list.as_any().downcast_ref::<PrimitiveArray<f32>>() {
+        list.values().as_slice().to_vec()
+    } else {
+        return Err("a list of something else".to_owned());
+    };
+    match numbers.iter().position(|number| !number.is_finite()) {
+        Some(place) => Err(format!("{} at place {place}", numbers[place])),
+        None => Ok(numbers),
     }
 }
 

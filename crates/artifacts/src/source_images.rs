@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{ArtifactError, Result};
-use crate::hf_dataset::ParquetImages;
+use crate::hf_dataset::{Kept, ParquetImages};
 
 /// A data source, opened to fetch single images; its Parquet files are opened when first needed and kept.
 pub struct SourceImages {
@@ -15,6 +15,8 @@ pub struct SourceImages {
     image_column: String,
     text_column: String,
     tables: Mutex<BTreeMap<String, Arc<ParquetImages>>>,
+    /// Shared by all tables, so that memory does not grow with their number.
+    kept: Arc<Kept>,
 }
 
 impl SourceImages {
@@ -29,6 +31,7 @@ impl SourceImages {
             image_column: image_column.to_owned(),
             text_column: text_column.to_owned(),
             tables: Mutex::default(),
+            kept: Arc::default(),
         }
     }
 
@@ -71,7 +74,7 @@ impl SourceImages {
             return Ok(Arc::clone(table));
         }
         let table = ParquetImages::open(&[path], &self.image_column, &self.text_column)?;
-        let table = Arc::new(table);
+        let table = Arc::new(table.sharing(&self.kept));
         tables.insert(source_file.to_owned(), Arc::clone(&table));
         Ok(table)
     }

@@ -106,6 +106,22 @@ fn a_batch_is_as_large_as_a_dictionary_that_must_be_decoded_anyway() {
 }
 
 #[test]
+fn rows_that_were_decoded_with_a_costly_one_are_kept_and_others_are_not() {
+    let file = fixture("images-snappy.parquet");
+    let mut images = ParquetImages::open(&[&file], "image", "text").expect("sound");
+    images.get(0, 0).expect("there");
+    assert!(images.kept.get(&file, 0, 0).is_none());
+    images.shards[0].batch_bytes = 26;
+    images.shards[0].image_bytes = 13;
+    images.get(0, 0).expect("there");
+    assert_eq!(
+        images.kept.get(&file, 0, 1),
+        Some(expected(0).swap_remove(1))
+    );
+    assert!(images.kept.get(&file, 0, 3).is_none());
+}
+
+#[test]
 fn a_row_past_the_end_is_an_error() {
     let images = ParquetImages::open(&[fixture(FIXTURES[0])], "image", "text").expect("sound");
     let error = images.get(0, 5).expect_err("there are five");
