@@ -31,8 +31,8 @@ const READ_WITH_HELD_OUT: [&str; 6] = [
 ];
 
 impl Recipe {
-    /// Everything in the recipe that decides the stage's result: [`Recipe::section`], and for `evaluate` the fields of
-    /// other sections that it reads.
+    /// Everything in the recipe that decides the stage's result: its section, e.g. `recipe.train.learning_rate` → `0.0001`,
+    /// without paths, and for `evaluate` the fields of other sections that it reads. Values are JSON.
     pub fn flattened(&self, stage: Stage) -> BTreeMap<String, String> {
         let mut flat = self.section(stage);
         if stage == Stage::Evaluate {
