@@ -252,8 +252,8 @@ fn take(bench: &FluxBench) -> Result<Value, FluxBenchError> {
         let run = training_run::row(bench.train_steps);
         add("bf16_training_run", run.map_err(|error| error.to_string()));
         if let Some(duration) = bench.soak {
-            let outcome = soak(duration).map_err(|error| error.to_string());
-            add("nf4_soak", outcome);
+            let outcome = soak(duration, &mut |row| say(&format!("nf4_soak so far {row}")));
+            add("nf4_soak", outcome.map_err(|error| error.to_string()));
         }
     }
     let peer = match &bench.peer {

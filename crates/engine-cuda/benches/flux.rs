@@ -4,7 +4,7 @@
 //! flux [--only SECTION[,SECTION…]] [--json FILE]     sections: plan attention products nf4 bf16 full first
 //!                                             (`plan` needs no GPU)
 //! flux --first-image                           what `first` starts: draws one picture's latents and ends
-//! flux --soak SECONDS                          trains for so long and says what memory did
+//! flux --soak SECONDS                          trains for so long and says what memory did, every minute and at the end
 //! ```
 //!
 //! The row of a whole training run is not here: its loop is stage `train`'s, which `cargo xtask bench flux --gpu` has.
@@ -43,7 +43,8 @@ fn main() {
             FIRST_IMAGE => return end_with(draw_first()),
             "--soak" => {
                 let seconds = given.next().and_then(|seconds| seconds.parse().ok());
-                return end_with(soak(Duration::from_secs(seconds.unwrap_or(600))));
+                let duration = Duration::from_secs(seconds.unwrap_or(600));
+                return end_with(soak(duration, &mut |row| println!("so far {row}")));
             }
             _ => {}
         }

@@ -15,12 +15,16 @@ use crate::stream::Stream;
 /// Steps before memory counts: libraries are loaded and work is recorded in these.
 const WARM_STEPS: usize = 10;
 
-/// Trains for `duration` on 4 images a step with an NF4 base within 24 GB, and says what memory did.
+/// From one word of how it goes to the next.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// Trains for `duration` on 4 images a step with an NF4 base within 24 GB, and says what memory did. `tell` hears the same
+/// of the part that is behind every minute, so that a run that is cut off has said something.
 ///
 /// # Errors
 ///
 /// If there is no card, or it fails.
-pub fn soak(duration: Duration) -> Outcome<Value> {
+pub fn soak(duration: Duration, tell: &mut dyn FnMut(&Value)) -> Outcome<Value> {
     let config = MmditConfig::flux_dev();
     let options = EngineOptions {
         t: Half::Bf16,
@@ -30,7 +34,7 @@ pub fn soak(duration: Duration) -> Outcome<Value> {
     let recompute = within_24_gb(&config, options, &lora)?;
     let recompute = recompute.expect("an NF4 base leaves room for four images");
     let asked = request(&config, options, &lora, 4, recompute);
-    train_for(open()?, &asked, duration)
+    train_for(open()?, &asked, duration, tell)
 }
 
 /// Bytes of the device in use: by this process alone, if it is alone there.
@@ -39,7 +43,12 @@ fn in_use(stream: &Stream) -> Outcome<usize> {
     Ok(total - free)
 }
 
-fn train_for(stream: Stream, asked: &PlanRequest, duration: Duration) -> Outcome<Value> {
+fn train_for(
+    stream: Stream,
+    asked: &PlanRequest,
+    duration: Duration,
+    tell: &mut dyn FnMut(&Value),
+) -> Outcome<Value> {
     let mut engine = Engine::load(
         stream,
         &asked.config,
@@ -59,25 +68,32 @@ fn train_for(stream: Stream, asked: &PlanRequest, duration: Duration) -> Outcome
     }
     let before = in_use(engine.stream())?;
     let start = Instant::now();
-    let (mut steps, mut most) = (0_u64, before);
+    let row = |steps: u64, most: usize, after: usize| {
+        let seconds = start.elapsed().as_secs_f64();
+        json!({
+            "what": "training, 4 images a step, NF4 within 24 GB; device memory in use after each step",
+            "seconds": seconds,
+            "steps": steps,
+            "step_s": seconds / steps as f64,
+            "bytes_before": before,
+            "bytes_after": after,
+            "bytes_most": most,
+            "growth_bytes": after as i64 - before as i64,
+        })
+    };
+    let (mut steps, mut most, mut told) = (0_u64, before, Duration::ZERO);
     // At least once, and memory is looked at after every step: it costs microseconds.
     while steps == 0 || start.elapsed() < duration {
         step(&mut engine)?;
         steps += 1;
-        most = most.max(in_use(engine.stream())?);
+        let now = in_use(engine.stream())?;
+        most = most.max(now);
+        if start.elapsed() >= told + TELL_EVERY {
+            told += TELL_EVERY;
+            tell(&row(steps, most, now));
+        }
     }
-    let after = in_use(engine.stream())?;
-    let seconds = start.elapsed().as_secs_f64();
-    Ok(json!({
-        "what": "training, 4 images a step, NF4 within 24 GB; device memory in use after each step",
-        "seconds": seconds,
-        "steps": steps,
-        "step_s": seconds / steps as f64,
-        "bytes_before": before,
-        "bytes_after": after,
-        "bytes_most": most,
-        "growth_bytes": after as i64 - before as i64,
-    }))
+    Ok(row(steps, most, in_use(engine.stream())?))
 }
 
 #[cfg(test)]
@@ -96,7 +112,8 @@ mod tests {
         let mut asked = request(&config, options, &lora, 1, Recompute::Everything);
         asked.shape.latent_cells = [4, 4];
         asked.shape.text = 3;
-        let row = train_for(Stream::dry(), &asked, Duration::ZERO).expect("a dry run");
+        let mut tell = |row: &Value| panic!("not a minute is over: {row}");
+        let row = train_for(Stream::dry(), &asked, Duration::ZERO, &mut tell).expect("a dry run");
         assert_eq!(
             (&row["steps"], &row["growth_bytes"]),
             (&json!(1), &json!(0))
