@@ -187,6 +187,9 @@ impl StageError for TrainError {
                  that changed over would end with other bytes than one that did not"
             ),
             Self::Engine(error) => error.help("train"),
+            Self::Lora(LoraError::RankTooLarge { limit, .. }) => {
+                format!("set train.rank to at most {limit}; 4 to 64 are usual")
+            }
             Self::Transformer(error) => return error.help(),
             Self::Run(error) => match error.help() {
                 Some(help) => {

@@ -14,6 +14,9 @@ use crate::recipe::{
 /// Longest side of a picture, in pixels: 16384×16384 is also the largest that `evaluate` reads back.
 const MAX_SIDE_PX: u32 = 1 << 14;
 
+/// Most T5 tokens of a text: T5 compares each with each, so that more would take its memory and not its words.
+const MAX_T5_TOKENS: usize = 1 << 13;
+
 /// A field and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Complaint {
@@ -56,6 +59,18 @@ impl Complaints {
             value <= MAX_SIDE_PX,
             key,
             format!("is {value}; at most {MAX_SIDE_PX} pixels are possible"),
+        );
+    }
+
+    /// The closing token has to have a place beside one of the text.
+    fn t5_tokens(&mut self, key: &'static str, value: usize) {
+        self.at_least(key, value as u64, 2);
+        self.unless(
+            value <= MAX_T5_TOKENS,
+            key,
+            format!(
+                "is {value}; at most {MAX_T5_TOKENS} are possible (FLUX.1 was trained with 512)"
+            ),
         );
     }
 
@@ -132,7 +147,7 @@ fn ingest(complaints: &mut Complaints, recipe: &IngestRecipe) {
 
 fn embed_text(complaints: &mut Complaints, recipe: &EmbedTextRecipe) {
     // One position is the end mark; a text needs another.
-    complaints.at_least("embed_text.t5_tokens", recipe.t5_tokens as u64, 2);
+    complaints.t5_tokens("embed_text.t5_tokens", recipe.t5_tokens);
 }
 
 fn cache_latents(complaints: &mut Complaints, recipe: &CacheLatentsRecipe) {
@@ -261,7 +276,7 @@ fn sample(complaints: &mut Complaints, recipe: &SampleRecipe) {
     );
     complaints.side_px("sample.width_px", recipe.width_px);
     complaints.side_px("sample.height_px", recipe.height_px);
-    complaints.at_least("sample.t5_tokens", recipe.t5_tokens as u64, 2);
+    complaints.t5_tokens("sample.t5_tokens", recipe.t5_tokens);
     complaints.finite("sample.lora_scale", recipe.lora_scale);
     for lora in &recipe.loras {
         complaints.finite("sample.loras", lora.scale);
@@ -439,6 +454,16 @@ mod tests {
             ["sample.loras"]
         );
         assert_eq!(complaint_keys(&["ingest.source=."]), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn texts_of_too_many_or_too_few_tokens_are_refused() {
+        for key in ["embed_text.t5_tokens", "sample.t5_tokens"] {
+            for (tokens, refused) in [(1, true), (2, false), (8192, false), (8193, true)] {
+                let keys = complaint_keys(&[&format!("{key}={tokens}")]);
+                assert_eq!(keys.contains(&key), refused, "{key}={tokens}");
+            }
+        }
     }
 
     #[test]
