@@ -1,6 +1,7 @@
 //! What can end an engine's work in its middle: a card that fails, or has no memory left.
 
 use engine_cuda::CudaError;
+use engine_cuda::model::ModelError;
 use pipeline::{FailureKind, StageError};
 use quant::QuantError;
 
@@ -21,7 +22,7 @@ impl StageError for RunError {
     fn help(&self) -> Option<String> {
         let Self::Card(error) = self;
         Some(match error {
-            CudaError::Model(_) => "--engine portable does it, slowly".to_owned(),
+            CudaError::Model(error) => return advice(error),
             CudaError::OutOfMemory { .. } => {
                 "the card has less free memory than when the run began: end what else uses it (nvidia-smi lists it), or \
                  ask for less at once"
@@ -35,6 +36,18 @@ impl StageError for RunError {
             _ => return None,
         })
     }
+}
+
+/// What to do about a network or a batch that the engine `cuda` refuses.
+pub(crate) fn advice(error: &ModelError) -> Option<String> {
+    Some(match error {
+        ModelError::Unsupported { .. } => "--engine portable does it, slowly".to_owned(),
+        ModelError::Batch { .. } => {
+            "smaller pictures, fewer T5 tokens or a smaller micro-batch".to_owned()
+        }
+        ModelError::NotFinite { .. } => "the base's file is damaged: fetch it again".to_owned(),
+        _ => return None,
+    })
 }
 
 /// Whether a card's error is the input's fault.

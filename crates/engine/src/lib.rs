@@ -248,10 +248,9 @@ impl StageError for OpenError {
     fn help(&self) -> Option<String> {
         match self {
             Self::Network(_) => None,
-            Self::Plan(PlanError::Cuda(error)) | Self::Cuda(error) => {
-                let model = matches!(error, CudaError::Model(_));
-                model.then(|| "--engine portable does it, slowly".to_owned())
-            }
+            Self::Plan(PlanError::Cuda(CudaError::Model(error)))
+            | Self::Cuda(CudaError::Model(error)) => failure::advice(error),
+            Self::Cuda(_) => None,
             Self::Plan(error) => error.help(),
         }
     }

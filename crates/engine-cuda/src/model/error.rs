@@ -6,9 +6,19 @@ use artifacts::ArtifactError;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// Widths that the kernels are not written for.
-    #[error("the engine needs {what} to be {expected}; this transformer has {found}")]
+    #[error("the engine `cuda` needs {what} to be {expected}; here it is {found}")]
     Unsupported {
         /// Which size.
+        what: &'static str,
+        /// What it may be.
+        expected: &'static str,
+        /// What it is.
+        found: usize,
+    },
+    /// A batch that the kernels cannot count or the network not be given.
+    #[error("a batch needs {what} to be {expected}, and {found} are wanted")]
+    Batch {
+        /// Which count.
         what: &'static str,
         /// What it may be.
         expected: &'static str,

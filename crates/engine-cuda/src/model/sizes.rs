@@ -62,8 +62,8 @@ impl Sizes {
     /// If there are no samples or no image tokens, too many tokens, or more in a sample than the attention for this width
     /// of heads has room for.
     pub fn check_shape(&self, shape: Shape) -> Result<(), ModelError> {
-        let unsupported = |what, expected, found| {
-            Err(ModelError::Unsupported {
+        let refused = |what, expected, found| {
+            Err(ModelError::Batch {
                 what,
                 expected,
                 found,
@@ -72,17 +72,20 @@ impl Sizes {
         let [h, w] = shape.latent_cells;
         for side in [h, w] {
             if side == 0 || !side.is_multiple_of(2) {
-                return unsupported("sides in latent cells", "even and above 0", side);
+                return refused("the sides in latent cells", "even and above 0", side);
             }
         }
         let tokens = (h / 2).saturating_mul(w / 2).saturating_add(shape.text);
         let all = tokens.saturating_mul(shape.b);
         if all == 0 || all > MAX_TOKENS {
-            return unsupported("tokens of a batch", "1 to 134217728", all);
+            return refused("its tokens, text and image,", "1 to 134217728", all);
         }
         if !attention::supports(self.dh) && tokens > attention_any::MOST_TOKENS {
-            let expected = "at most 12000 with heads of this width (64 and 128 have no limit)";
-            return unsupported("tokens of a sample", expected, tokens);
+            return Err(ModelError::Unsupported {
+                what: "a sample's tokens",
+                expected: "at most 12000 where heads are not 64 or 128 wide",
+                found: tokens,
+            });
         }
         Ok(())
     }
@@ -104,8 +107,8 @@ impl Sizes {
         }
         let elements = shape.image() * channels;
         if !elements.is_multiple_of(8) {
-            return Err(ModelError::Unsupported {
-                what: "the elements of a sample's latents",
+            return Err(ModelError::Batch {
+                what: "the numbers of a sample's latents",
                 expected: "a multiple of 8",
                 found: elements,
             });
@@ -196,20 +199,33 @@ mod tests {
             };
             match sizes.check_shape(shape) {
                 Ok(()) => None,
-                Err(ModelError::Unsupported { what, found, .. }) => Some((what, found)),
+                Err(
+                    ModelError::Batch { what, found, .. }
+                    | ModelError::Unsupported { what, found, .. },
+                ) => Some((what, found)),
                 Err(error) => panic!("{error}"),
             }
         };
         let flux = MmditConfig::flux_dev();
         assert_eq!(refusal(&flux, 4, 512, [256, 256]), None);
         for (b, text, cells, what) in [
-            (1, 512, [1, 64], "sides in latent cells"),
-            (1, 512, [64, 0], "sides in latent cells"),
-            (0, 512, [64, 64], "tokens of a batch"),
-            (3_000_000, 512, [64, 64], "tokens of a batch"),
-            (70_000 * 70_000, 512, [64, 64], "tokens of a batch"),
-            (1, 4_000_000_000, [64, 64], "tokens of a batch"),
-            (usize::MAX, usize::MAX, [64, 64], "tokens of a batch"),
+            (1, 512, [1, 64], "the sides in latent cells"),
+            (1, 512, [64, 0], "the sides in latent cells"),
+            (0, 512, [64, 64], "its tokens, text and image,"),
+            (3_000_000, 512, [64, 64], "its tokens, text and image,"),
+            (
+                70_000 * 70_000,
+                512,
+                [64, 64],
+                "its tokens, text and image,",
+            ),
+            (1, 4_000_000_000, [64, 64], "its tokens, text and image,"),
+            (
+                usize::MAX,
+                usize::MAX,
+                [64, 64],
+                "its tokens, text and image,",
+            ),
         ] {
             let refused = refusal(&flux, b, text, cells).map(|(what, _)| what);
             assert_eq!(refused, Some(what), "{b} {text} {cells:?}");
@@ -217,7 +233,7 @@ mod tests {
         let tiny = MmditConfig::tiny();
         assert_eq!(
             refusal(&tiny, 1, 64, [220, 220]),
-            Some(("tokens of a sample", 12_164))
+            Some(("a sample's tokens", 12_164))
         );
     }
 
@@ -254,7 +270,7 @@ mod tests {
             ..MmditConfig::tiny()
         };
         let error = Sizes::new(&config).expect_err("12 is no multiple of 8");
-        assert!(error.to_string().ends_with("this transformer has 12"));
+        assert!(error.to_string().ends_with("here it is 12"));
     }
 
     #[test]
