@@ -78,7 +78,7 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: String,
-    /// What executes the transformer in train and sample: auto, portable, cpu or cuda
+    /// What executes the transformer in train, sample and evaluate: auto, portable, cpu or cuda
     #[arg(long, default_value = "auto", value_parser = ["auto", "portable", "cpu", "cuda"])]
     pub engine: String,
     /// Worker threads [default: one per core]

@@ -57,7 +57,7 @@ pub struct CpuBench {
     pub python: Option<PathBuf>,
     /// `docs/benchmarks/cpu_step.py`.
     pub script: PathBuf,
-    /// Steps of each kind, rounded up to whole turns.
+    /// Steps of each kind, at least one, rounded up to whole turns.
     pub repeats: usize,
     /// Whether the portable engine is measured too.
     pub portable: bool,
@@ -68,6 +68,8 @@ pub struct CpuBench {
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
 enum BenchError {
+    #[error("there is no {}, PyTorch's side of the measurement", path.display())]
+    NoScript { path: PathBuf },
     #[error(transparent)]
     Peer(#[from] PeerError),
     #[error(transparent)]
@@ -83,6 +85,7 @@ enum BenchError {
 impl pipeline::StageError for BenchError {
     fn kind(&self) -> pipeline::FailureKind {
         match self {
+            Self::NoScript { .. } => pipeline::FailureKind::BadInput,
             Self::Peer(error) => error.kind(),
             _ => pipeline::FailureKind::Failed,
         }
@@ -90,6 +93,11 @@ impl pipeline::StageError for BenchError {
 
     fn help(&self) -> Option<String> {
         match self {
+            Self::NoScript { .. } => Some(
+                "start this through `cargo xtask` or in the root of the repository, or name the script with --script \
+                 (docs/benchmarks/cpu_step.py of the repository)"
+                    .to_owned(),
+            ),
             Self::Peer(error) => error.help(),
             _ => None,
         }
@@ -141,6 +149,12 @@ fn tell(document: &Value) {
 }
 
 fn measure(bench: &CpuBench) -> Result<Value, BenchError> {
+    if bench.python.is_some() && !bench.script.is_file() {
+        // The interpreter would be blamed for it.
+        return Err(BenchError::NoScript {
+            path: bench.script.clone(),
+        });
+    }
     let model = Model::new();
     let mut names = vec![EngineName::Cpu];
     if bench.portable {
@@ -376,4 +390,27 @@ fn draw(engine: &mut dyn Engine, batch: &MicroBatch) -> Result<(), RunError> {
     }
     std::hint::black_box(latents);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use pipeline::{FailureKind, StageError as _};
+
+    use super::*;
+
+    #[test]
+    fn an_absent_script_is_named_before_anything_is_measured() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let bench = CpuBench {
+            python: Some("python3".into()),
+            script: dir.path().join("cpu_step.py"),
+            repeats: 1,
+            portable: false,
+            json: true,
+        };
+        let error = measure(&bench).expect_err("there is no script");
+        assert_eq!(error.kind(), FailureKind::BadInput);
+        assert!(error.to_string().contains("cpu_step.py"), "{error}");
+        assert!(error.help().is_some_and(|help| help.contains("--script")));
+    }
 }

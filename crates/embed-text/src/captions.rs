@@ -152,14 +152,14 @@ impl Captions {
 fn open_t5(tokenizer_dir: &Path, model_dir: &Path) -> Result<T5Tokenizer, EmbedTextError> {
     let config = T5Config::from_file(&model_dir.join("config.json"))?;
     let tokenizer = T5Tokenizer::open(tokenizer_dir)?;
-    check_vocabulary(tokenizer_dir, tokenizer.vocab_size(), config.vocab_size)?;
+    tokenizer.check_vocabulary(tokenizer_dir, config.vocab_size)?;
     Ok(tokenizer)
 }
 
 fn open_clip(tokenizer_dir: &Path, model_dir: &Path) -> Result<ClipTokenizer, EmbedTextError> {
     let config = ClipConfig::from_file(&model_dir.join("config.json"))?;
     let tokenizer = ClipTokenizer::open(tokenizer_dir)?;
-    check_vocabulary(tokenizer_dir, tokenizer.vocab_size(), config.vocab_size)?;
+    tokenizer.check_vocabulary(tokenizer_dir, config.vocab_size)?;
     if tokenizer.max_length() > config.max_position_embeddings {
         return Err(EmbedTextError::ClipLength {
             tokenizer: tokenizer_dir.to_path_buf(),
@@ -168,19 +168,4 @@ fn open_clip(tokenizer_dir: &Path, model_dir: &Path) -> Result<ClipTokenizer, Em
         });
     }
     Ok(tokenizer)
-}
-
-fn check_vocabulary(
-    tokenizer_dir: &Path,
-    found: usize,
-    expected: usize,
-) -> Result<(), EmbedTextError> {
-    if found <= expected {
-        return Ok(());
-    }
-    Err(EmbedTextError::Vocabulary {
-        tokenizer: tokenizer_dir.to_path_buf(),
-        expected,
-        found,
-    })
 }

@@ -34,16 +34,6 @@ pub enum EmbedTextError {
         /// The tokenizer's.
         found: usize,
     },
-    /// A tokenizer gives ids that its model has no row for.
-    #[error("the tokenizer in {} has {found} tokens, and its model has rows for {expected}", tokenizer.display())]
-    Vocabulary {
-        /// The tokenizer's directory.
-        tokenizer: PathBuf,
-        /// The model's.
-        expected: usize,
-        /// The tokenizer's.
-        found: usize,
-    },
     /// An embedding holds infinities or not-a-numbers.
     #[error("the {part} embedding of caption {caption:?} is not finite in half precision")]
     NotFinite {
@@ -99,6 +89,23 @@ pub enum EmbedTextError {
         /// The other image.
         second: String,
     },
+    /// Images with different captions share a row of public embeddings: their recipe hash is one, as that of palette swaps is.
+    #[error(
+        "{first} ({first_caption:?}) and {second} ({second_caption:?}) have one hash, {hash}, and so one row of the public \
+         embeddings: at most one of the captions can be its"
+    )]
+    PublicShared {
+        /// One image.
+        first: String,
+        /// Its caption.
+        first_caption: String,
+        /// The other image.
+        second: String,
+        /// Its caption.
+        second_caption: String,
+        /// The hash.
+        hash: String,
+    },
     /// A caption of an image that is not there.
     #[error("{} has a caption for image {sample_id}, which samples.parquet beside it does not have", path.display())]
     Orphan {
@@ -153,7 +160,7 @@ impl StageError for EmbedTextError {
                 "shorten it, raise embed_text.t5_tokens to at least {num_tokens}, or cut long captions with \
                  embed_text.long_captions = \"truncate\""
             ),
-            Self::ClipLength { .. } | Self::Vocabulary { .. } => {
+            Self::ClipLength { .. } | Self::Tokenizer(TokenizerError::Vocabulary { .. }) => {
                 "use a base whose tokenizer and text encoder come from one model".to_owned()
             }
             Self::Orphan { .. } => "run ingest again with --force".to_owned(),
@@ -169,6 +176,11 @@ impl StageError for EmbedTextError {
             Self::PublicMissing { .. } => {
                 "make the embeddings from exactly these images, or set embed_text.public_embeddings = \"\" to encode \
                  the captions here"
+                    .to_owned()
+            }
+            Self::PublicShared { .. } => {
+                "set embed_text.public_embeddings = \"\" to encode the captions here: the public recipe cannot tell these \
+                 images apart"
                     .to_owned()
             }
             Self::PublicConflict { .. } => {

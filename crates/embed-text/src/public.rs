@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use artifacts::{
-    PublicEmbedding, PublicEmbeddings, SampleRow, TextEmbeddingRow, read_public_embeddings,
+    CaptionRow, PublicEmbedding, PublicEmbeddings, SampleRow, TextEmbeddingRow,
+    read_public_embeddings,
 };
 use pipeline::{StageContext, StageReport, list_source};
 
@@ -147,6 +148,7 @@ fn align<'a>(
     }
     let mut found: Aligned<'a> = BTreeMap::new();
     let mut missing: Vec<&SampleRow> = Vec::new();
+    let mut row_of: BTreeMap<&str, (&SampleRow, &CaptionRow)> = BTreeMap::new();
     for row in &captions.rows {
         let sample = &captions.samples[&row.sample_id]; // checked when they were read
         let keys = [
@@ -157,10 +159,22 @@ fn align<'a>(
             .into_iter()
             .find_map(|key| file_of.get(key).map(|&file| (file, key)))
         {
-            Some((file, key)) => found
-                .entry(&row.caption_hash)
-                .or_default()
-                .push((sample, file, key)),
+            Some((file, key)) => {
+                let (other, caption) = *row_of.entry(key).or_insert((sample, row));
+                if caption.caption_hash != row.caption_hash {
+                    return Err(EmbedTextError::PublicShared {
+                        first: other.source_file.clone(),
+                        first_caption: caption.caption.clone(),
+                        second: sample.source_file.clone(),
+                        second_caption: row.caption.clone(),
+                        hash: key.to_owned(),
+                    });
+                }
+                found
+                    .entry(&row.caption_hash)
+                    .or_default()
+                    .push((sample, file, key));
+            }
             None => missing.push(sample),
         }
     }

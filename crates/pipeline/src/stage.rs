@@ -175,7 +175,8 @@ impl Stage {
     pub fn schema(self) -> u32 {
         match self {
             Self::Sample => 2, // images.json says of each picture whether LoRAs had a part in it
-            Self::Ingest | Self::EmbedText | Self::CacheLatents | Self::Train | Self::Evaluate => 1,
+            Self::Ingest => 2, // a transparent colour of gray and RGB PNGs counts
+            Self::EmbedText | Self::CacheLatents | Self::Train | Self::Evaluate => 1,
         }
     }
 

@@ -309,6 +309,51 @@ mod tests {
         decode(bytes, &LIMITS).expect_err("not an image").reason()
     }
 
+    /// A row of two pixels with a colour that is transparent; the first pixel has it.
+    fn keyed(color: png::ColorType, depth: png::BitDepth, pixels: &[u8], key: &[u8]) -> Vec<u8> {
+        let mut file = Vec::new();
+        let mut encoder = png::Encoder::new(&mut file, 2, 1);
+        encoder.set_color(color);
+        encoder.set_depth(depth);
+        encoder.set_trns(key.to_vec());
+        let mut writer = encoder.write_header().expect("a header");
+        writer.write_image_data(pixels).expect("two pixels");
+        writer.finish().expect("an end");
+        file
+    }
+
+    #[test]
+    fn a_transparent_colour_is_transparent_at_every_depth() {
+        use png::{BitDepth, ColorType};
+        for (color, depth, pixels, key) in [
+            (
+                ColorType::Rgb,
+                BitDepth::Eight,
+                &[255, 0, 255, 9, 8, 7][..],
+                &[0, 255, 0, 0, 0, 255][..],
+            ),
+            (
+                ColorType::Rgb,
+                BitDepth::Sixteen,
+                &[1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 7],
+                &[1, 2, 3, 4, 5, 6],
+            ),
+            (ColorType::Grayscale, BitDepth::Eight, &[7, 8], &[0, 7]),
+            (
+                ColorType::Grayscale,
+                BitDepth::Sixteen,
+                &[1, 7, 2, 7],
+                &[1, 7],
+            ),
+            (ColorType::Grayscale, BitDepth::One, &[0b0100_0000], &[0, 0]),
+        ] {
+            let file = keyed(color, depth, pixels, key);
+            let picture = decode(&file, &LIMITS).expect("a PNG").picture;
+            let alpha: Vec<u8> = picture.pixels.iter().skip(3).step_by(4).copied().collect();
+            assert_eq!(alpha, [0, 255], "{color:?} {depth:?}");
+        }
+    }
+
     #[test]
     fn every_kind_of_bad_file_has_its_reason() {
         assert_eq!(reason(b""), "zero-bytes");

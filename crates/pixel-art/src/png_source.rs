@@ -64,6 +64,9 @@ pub(crate) fn read(bytes: &[u8], limits: &Limits) -> Result<Raw, png::DecodingEr
     })
 }
 
+/// Most bytes that a compressed text may expand to; a larger one says nothing of the orientation.
+const MAX_TEXT_BYTES: usize = 1 << 20;
+
 /// Orientation from the eXIf chunk, ImageMagick's profile text or the XMP packet, in Pillow's order.
 fn orientation(info: &png::Info<'_>) -> Orientation {
     let latin1 = |keyword: &str| -> Option<String> {
@@ -76,7 +79,11 @@ fn orientation(info: &png::Info<'_>) -> Orientation {
             info.compressed_latin1_text
                 .iter()
                 .find(|chunk| chunk.keyword == keyword)
-                .and_then(|chunk| chunk.get_text().ok())
+                .and_then(|chunk| {
+                    let mut chunk = chunk.clone();
+                    chunk.decompress_text_with_limit(MAX_TEXT_BYTES).ok()?;
+                    chunk.get_text().ok()
+                })
         })
     };
     let exif = info
@@ -89,7 +96,11 @@ fn orientation(info: &png::Info<'_>) -> Orientation {
             info.utf8_text
                 .iter()
                 .find(|chunk| chunk.keyword == "XML:com.adobe.xmp")
-                .and_then(|chunk| chunk.get_text().ok())
+                .and_then(|chunk| {
+                    let mut chunk = chunk.clone();
+                    chunk.decompress_text_with_limit(MAX_TEXT_BYTES).ok()?;
+                    chunk.get_text().ok()
+                })
                 .and_then(|packet| Orientation::from_xmp(packet.as_bytes()))
         })
         .unwrap_or(Orientation::UPRIGHT)
@@ -219,14 +230,22 @@ impl Samples {
 
     /// The colour that a tRNS chunk of a gray or RGB image declares transparent, sample by sample.
     fn clear_color(&self, num_channels: usize) -> Option<[u16; 4]> {
+        // The decoder leaves 16-bit samples as they are in the file and gives others in a byte each.
+        let width = if self.depth == BitDepth::Sixteen {
+            2
+        } else {
+            1
+        };
         if !matches!(self.color, ColorType::Grayscale | ColorType::Rgb)
-            || self.transparency.len() < 2 * num_channels
+            || self.transparency.len() < width * num_channels
         {
             return None;
         }
         let mut clear = [0; 4];
-        for (sample, pair) in clear.iter_mut().zip(self.transparency.chunks_exact(2)) {
-            *sample = u16::from_be_bytes([pair[0], pair[1]]);
+        for (sample, bytes) in clear.iter_mut().zip(self.transparency.chunks_exact(width)) {
+            *sample = bytes
+                .iter()
+                .fold(0, |value, byte| value << 8 | u16::from(*byte));
         }
         Some(clear)
     }

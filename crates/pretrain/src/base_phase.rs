@@ -74,6 +74,18 @@ impl Tokenizers {
         })
     }
 
+    /// Whether the models have a row for every id.
+    pub(crate) fn check(
+        &self,
+        recipe: &PretrainRecipe,
+        configs: &BaseConfigs,
+    ) -> Result<(), PretrainError> {
+        let dir = |part: &str| recipe.tokenizers.join(part);
+        let (clip, t5) = (configs.clip.vocab_size, configs.t5.vocab_size);
+        self.clip.check_vocabulary(&dir("tokenizer"), clip)?;
+        Ok(self.t5.check_vocabulary(&dir("tokenizer_2"), t5)?)
+    }
+
     pub(crate) fn ids(&self, caption: &str) -> Result<CaptionIds, PretrainError> {
         Ok(CaptionIds {
             t5: self.t5.encode(caption, self.t5_tokens)?.ids,

@@ -1,5 +1,6 @@
 //! Why a base could not be trained.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use artifacts::{ArtifactError, RejectRow};
@@ -21,12 +22,28 @@ pub enum PretrainError {
         source: Box<toml::de::Error>,
     },
     /// A field says what cannot be.
-    #[error("the recipe's `{field}` cannot be used; expected {advice}")]
+    #[error("the recipe's `{key}` is {found}; expected {expected}")]
     Field {
-        /// The field.
-        field: &'static str,
+        /// The key, e.g. `base.optimizer.learning_rate`.
+        key: String,
+        /// What it says.
+        found: String,
         /// What would do.
-        advice: &'static str,
+        expected: String,
+    },
+    /// Another process trains the same phase with the same files.
+    #[error("another process trains the phase `{phase}` in {}", work.display())]
+    Locked {
+        /// The phase.
+        phase: &'static str,
+        /// The directory of checkpoints.
+        work: PathBuf,
+    },
+    /// The base would be written over one that was not trained here.
+    #[error("{} holds a base that was not made by `pretrain` (it has no evaluation.json)", path.display())]
+    Occupied {
+        /// The directory.
+        path: PathBuf,
     },
     /// A source of pictures cannot be read.
     #[error(transparent)]
@@ -117,8 +134,18 @@ impl StageError for PretrainError {
             | Self::Empty { .. }
             | Self::OtherRun { .. }
             | Self::NotDone { .. }
+            | Self::Locked { .. }
+            | Self::Occupied { .. }
             | Self::Device(_)
             | Self::Tokenizer(_) => FailureKind::BadInput,
+            Self::Read(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::PermissionDenied
+                ) =>
+            {
+                FailureKind::BadInput
+            }
             _ => FailureKind::Failed,
         }
     }
@@ -132,9 +159,14 @@ impl StageError for PretrainError {
             }
             Self::NotDone { phase } => Some(format!("add it: --only {phase},…, or leave --only out")),
             Self::Diverged { .. } => Some(
-                "lower optimizer.learning_rate, or take precision = \"f32\"; the last checkpoint is from before"
+                "lower optimizer.learning_rate, or take precision = \"f32\", with another --work directory: a changed \
+                 recipe is another run"
                     .to_owned(),
             ),
+            Self::Locked { .. } => {
+                Some("wait for it, or take other phases with --only, or another --work directory".to_owned())
+            }
+            Self::Occupied { .. } => Some("choose another --out directory".to_owned()),
             _ => None,
         }
     }

@@ -52,6 +52,13 @@ pub(crate) fn write_skeleton(
             .map_err(PretrainError::Read)?;
         files.sort_by_key(|entry| entry.file_name());
         for entry in files {
+            // An editor's folder beside them is none of a tokenizer's files.
+            if !fs_err::metadata(entry.path())
+                .map_err(PretrainError::Read)?
+                .is_file()
+            {
+                continue;
+            }
             let bytes = fs_err::read(entry.path()).map_err(PretrainError::Read)?;
             write_file(&base.join(part).join(entry.file_name()), &bytes)?;
         }

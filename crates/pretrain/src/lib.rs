@@ -42,6 +42,7 @@ mod export;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -51,7 +52,7 @@ use serde_json::{Value, json};
 use tensor::Device;
 use text_encoders::{ClipConfig, T5Config};
 
-use base_phase::{BaseConfigs, CLIP, Latents, Models, T5, TRANSFORMER};
+use base_phase::{BaseConfigs, CLIP, Latents, Models, T5, TRANSFORMER, Tokenizers};
 use results::Ended;
 use run::Run;
 
@@ -85,6 +86,8 @@ pub struct PretrainOptions {
 pub struct PretrainReport {
     /// Whether all phases are done.
     pub is_done: bool,
+    /// Whether time was up before the wanted phases were done: the same call goes on.
+    pub is_paused: bool,
     /// What was measured, as `evaluation.json` says it.
     pub evaluation: Value,
 }
@@ -106,13 +109,15 @@ pub fn run(
     let began = Instant::now();
     fs_err::create_dir_all(work).map_err(PretrainError::Read)?;
     fs_err::create_dir_all(out).map_err(PretrainError::Read)?;
+    let _locks = lock_phases(work, &options.phases)?;
     let run = Run {
         recipe,
         corpus,
         device: options.device.clone(),
         work: work.clone(),
         phases: options.phases.clone(),
-        deadline: options.max_time.map(|time| began + time),
+        // A time beyond all clocks is no limit.
+        deadline: options.max_time.and_then(|time| began.checked_add(time)),
     };
     run.log(&json!({
         "phase": "corpus", "pictures": corpus.pictures.len(), "pairs": corpus.pairs.len(),
@@ -120,19 +125,32 @@ pub fn run(
         "digest": corpus.digest.to_string(),
     }))?;
     let index_path = out.join("model_index.json");
-    if index_path.exists() {
-        fs_err::remove_file(&index_path).map_err(PretrainError::Read)?;
+    if index_path.exists() && !out.join(EVALUATION_FILE).exists() {
+        return Err(PretrainError::Occupied { path: out.clone() });
     }
     let preset = recipe.preset();
     let mut vae_json = preset.vae();
     vae_json["sample_size"] = json!(recipe.corpus.resolution_px);
-    export::write_skeleton(out, preset, &vae_json, &recipe.tokenizers)?;
-    let vae_config = AutoencoderConfig::from_file(&out.join("vae/config.json"))?;
+    // What can be refused of tokenizers, sizes and older work is refused before a finished base in `out` is touched.
+    let skeleton = work.join("skeleton");
+    export::write_skeleton(&skeleton, preset, &vae_json, &recipe.tokenizers)?;
+    let vae_config = AutoencoderConfig::from_file(&skeleton.join("vae/config.json"))?;
+    let configs = BaseConfigs {
+        transformer: MmditConfig::from_file(&skeleton.join("transformer/config.json"))
+            .map_err(mmdit::MmditError::from)?,
+        clip: ClipConfig::from_file(&skeleton.join("text_encoder/config.json"))?,
+        t5: T5Config::from_file(&skeleton.join("text_encoder_2/config.json"))?,
+    };
+    Tokenizers::open(recipe)?.check(recipe, &configs)?;
+    let mut learned = vae_phase::train(&run, &vae_config)?;
 
     // From here on everything sees the weights as the files have them, in half precision.
+    if index_path.exists() {
+        fs_err::remove_file(&index_path).map_err(PretrainError::Read)?;
+    }
+    export::write_skeleton(out, preset, &vae_json, &recipe.tokenizers)?;
     let nothing = BTreeMap::new();
     let vae_path = out.join(VAE_FILE);
-    let mut learned = vae_phase::train(&run, &vae_config)?;
     let mut steps = json!({ "autoencoder": learned.step });
     export::write_weights(&vae_path, &learned.models[0], &nothing)?;
     let open = || Autoencoder::open(&out.join("vae"), &run.device, evaluate::PRECISION);
@@ -156,25 +174,24 @@ pub fn run(
         "autoencoder": evaluate::autoencoder(&run, &vae)?, "steps": steps,
     });
     run.log(&json!({ "phase": "autoencoder evaluation", "measured": evaluation["autoencoder"] }))?;
-    let leave = |evaluation: Value| {
-        export::write_json(&out.join("evaluation.json"), &evaluation)?;
+    let leave = |evaluation: Value, is_paused: bool| {
+        export::write_json(&out.join(EVALUATION_FILE), &evaluation)?;
         Ok(PretrainReport {
             is_done: false,
+            is_paused,
             evaluation,
         })
     };
     if learned.ended == Ended::Paused {
-        return leave(evaluation);
+        return leave(evaluation, true);
     }
 
-    let configs = BaseConfigs {
-        transformer: MmditConfig::from_file(&out.join("transformer/config.json"))
-            .map_err(mmdit::MmditError::from)?,
-        clip: ClipConfig::from_file(&out.join("text_encoder/config.json"))?,
-        t5: T5Config::from_file(&out.join("text_encoder_2/config.json"))?,
-    };
     let Some(mut learned) = base_phase::train(&run, &vae, &configs)? else {
-        return leave(evaluation);
+        if options.phases.contains(&Phase::Refine) {
+            let phase = Phase::Base.name();
+            return Err(PretrainError::NotDone { phase });
+        }
+        return leave(evaluation, false);
     };
     evaluation["steps"]["base"] = json!(learned.step);
     if learned.ended == Ended::Done && recipe.refine.optimizer.steps > 0 {
@@ -209,7 +226,7 @@ pub fn run(
         let png = pixel_art::encode_png_rgb(&sheet, &[])?;
         export::write_file(&out.join("samples.png"), &png)?;
     }
-    export::write_json(&out.join("evaluation.json"), &evaluation)?;
+    export::write_json(&out.join(EVALUATION_FILE), &evaluation)?;
     write_card(out, recipe, corpus, &evaluation)?;
     let mut index = preset.model_index();
     if let Some(index) = index.as_object_mut() {
@@ -218,8 +235,31 @@ pub fn run(
     export::write_json(&index_path, &index)?;
     Ok(PretrainReport {
         is_done: is_done && learned.ended == Ended::Done,
+        is_paused: learned.ended == Ended::Paused,
         evaluation,
     })
+}
+
+/// Takes the locks of phases that are to be trained; they are given back when the files are dropped, or the process ends.
+fn lock_phases(work: &Path, phases: &[Phase]) -> Result<Vec<File>, PretrainError> {
+    let lock = |phase: &Phase| {
+        let path = work.join(format!(".{}.lock", phase.name()));
+        let options = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path);
+        let file = options.map_err(PretrainError::Read)?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(PretrainError::Locked {
+                phase: phase.name(),
+                work: work.to_owned(),
+            }),
+            Err(TryLockError::Error(error)) => Err(PretrainError::Read(error)),
+        }
+    };
+    phases.iter().map(lock).collect()
 }
 
 /// Shift and scale that give latents of training pictures mean 0 and deviation 1, to four digits.
@@ -234,6 +274,9 @@ fn latent_scaling(run: &Run<'_>, vae: &Autoencoder) -> (f64, f64) {
     let rounded = |value: f64| (value * 1e4).round() / 1e4;
     (rounded(mean), rounded(1.0 / deviation.max(1e-6)).max(1e-4))
 }
+
+/// What was measured; where it is beside a base, the base is `pretrain`'s.
+const EVALUATION_FILE: &str = "evaluation.json";
 
 /// Weights of a base, by their paths in it.
 const TRANSFORMER_FILE: &str = "transformer/diffusion_pytorch_model.safetensors";

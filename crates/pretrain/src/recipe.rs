@@ -1,5 +1,7 @@
 //! What a pretraining run is: everything that decides its result. Every field must be written; unknown ones are refused.
 
+mod validate;
+
 use std::path::{Path, PathBuf};
 
 use random_base::Preset;
@@ -63,7 +65,7 @@ pub struct CorpusRecipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimizerRecipe {
-    /// Optimiser steps.
+    /// Optimiser steps; 0 only where a phase may be left out.
     pub steps: u64,
     /// Pictures in a step.
     pub batch: usize,
@@ -179,6 +181,8 @@ impl PretrainRecipe {
         } else {
             own
         };
+        // Before they are resolved: an empty path would become the directory that others start at.
+        recipe.check_paths()?;
         let corpus = &mut recipe.corpus;
         let paths = corpus.captioned.iter_mut().chain(&mut corpus.textures);
         for file in paths.chain([&mut recipe.tokenizers]) {
@@ -189,54 +193,6 @@ impl PretrainRecipe {
         }
         recipe.check()?;
         Ok(recipe)
-    }
-
-    /// Refuses what cannot be.
-    ///
-    /// # Errors
-    ///
-    /// At the first such field.
-    pub fn check(&self) -> Result<(), PretrainError> {
-        let refuse =
-            |field: &'static str, advice: &'static str| Err(PretrainError::Field { field, advice });
-        if self.preset.parse::<Preset>().is_err() {
-            return refuse("preset", "one of `demo`, `small`, `tiny`");
-        }
-        let share = |value: f64| (0.0..=1.0).contains(&value);
-        for optimizer in [
-            &self.autoencoder.optimizer,
-            &self.autoencoder.decoder,
-            &self.base.optimizer,
-            &self.refine.optimizer,
-        ] {
-            if optimizer.precision().is_none() {
-                return refuse("optimizer.precision", "`f32` or `bf16`");
-            }
-            if optimizer.batch == 0 || optimizer.log_every == 0 || optimizer.checkpoint_every == 0 {
-                return refuse(
-                    "optimizer",
-                    "batch, log_every and checkpoint_every of at least 1",
-                );
-            }
-            if !share(optimizer.ema_decay) || !share(optimizer.final_lr_share) {
-                return refuse("optimizer", "ema_decay and final_lr_share between 0 and 1");
-            }
-        }
-        if !share(self.corpus.held_out_share)
-            || !share(self.autoencoder.texture_share)
-            || !share(self.base.caption_dropout)
-            || !share(self.base.original_share)
-            || !share(self.refine.original_share)
-        {
-            return refuse("a share", "between 0 and 1");
-        }
-        if self.corpus.resolution_px == 0 || !self.corpus.resolution_px.is_multiple_of(16) {
-            return refuse("corpus.resolution_px", "a multiple of 16");
-        }
-        if self.base.t5_tokens < 2 {
-            return refuse("base.t5_tokens", "at least 2");
-        }
-        Ok(())
     }
 
     /// The preset.

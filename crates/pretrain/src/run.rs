@@ -161,7 +161,16 @@ impl Run<'_> {
         }
         let mut training = begin()?;
         let ended = self.train(phase, name, optimizer, training.as_mut())?;
-        let learned = Learned::new(training.averaged()?, training.step(), ended);
+        let averaged = training.averaged()?;
+        let values = || averaged.iter().flatten().flat_map(|(_, values)| values);
+        if let Some(value) = values().find(|value| !value.is_finite()) {
+            return Err(PretrainError::Diverged {
+                phase: phase.name(),
+                step: training.step(),
+                loss: *value,
+            });
+        }
+        let learned = Learned::new(averaged, training.step(), ended);
         if ended == Ended::Done {
             self.results().write(phase, name, &learned)?;
             let checkpoint = self.checkpoint(phase);
@@ -186,7 +195,9 @@ impl Run<'_> {
             .append(true)
             .open(path)
             .map_err(PretrainError::Read)?;
-        writeln!(file, "{line}").map_err(PretrainError::Read)
+        // At once: processes that train phases side by side append to one file.
+        file.write_all(format!("{line}\n").as_bytes())
+            .map_err(PretrainError::Read)
     }
 
     /// Steps until the recipe's number, the deadline, or a loss that is no number.
@@ -247,6 +258,11 @@ impl Run<'_> {
             }
             let stops = self.is_out_of_time() && !is_last;
             if stops || (!is_last && step.is_multiple_of(optimizer.checkpoint_every)) {
+                // What fell apart is not kept over what is sound.
+                let [loss, norm] = training.figures()?;
+                if let Some(loss) = [loss, norm].into_iter().find(|figure| !figure.is_finite()) {
+                    return Err(PretrainError::Diverged { phase, step, loss });
+                }
                 training.save(&path, name)?;
             }
             if stops {

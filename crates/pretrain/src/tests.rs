@@ -9,7 +9,7 @@ use crate::corpus::{Captioned, Corpus};
 use crate::recipe::{
     AutoencoderRecipe, BaseRecipe, CorpusRecipe, EvaluateRecipe, OptimizerRecipe, RefineRecipe,
 };
-use crate::{Phase, PretrainOptions, PretrainRecipe, run};
+use crate::{Phase, PretrainError, PretrainOptions, PretrainRecipe, lock_phases, run};
 
 /// A recipe that takes a second.
 pub(crate) fn tiny_recipe() -> PretrainRecipe {
@@ -204,6 +204,35 @@ fn train_whole_and_in_parts() {
         assert_eq!(read(whole.path()), read(parts.path()), "{file}");
     }
     assert!(!random_base::is_untrained(&whole.path().join("base")));
+
+    // A run that is refused leaves a finished base as it was.
+    let base = whole.path().join("base");
+    let read = |file: &str| fs_err::read(base.join(file)).expect("it is there");
+    let before = ["model_index.json", "vae/config.json"].map(read);
+    let mut other = recipe.clone();
+    other.seed += 1;
+    let error = run(&other, &corpus, &options(whole.path())).expect_err("another run");
+    assert!(matches!(error, PretrainError::OtherRun { .. }), "{error}");
+    assert_eq!(["model_index.json", "vae/config.json"].map(read), before);
+    let _held = lock_phases(&whole.path().join("work"), &[Phase::Refine]).expect("nobody has it");
+    let error = run(&recipe, &corpus, &options(whole.path())).expect_err("another process");
+    assert!(
+        matches!(
+            error,
+            PretrainError::Locked {
+                phase: "refine",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    fs_err::remove_file(base.join("evaluation.json")).expect("removed");
+    let elsewhere = PretrainOptions {
+        out: base.clone(),
+        ..options(parts.path())
+    };
+    let error = run(&recipe, &corpus, &elsewhere).expect_err("somebody's base");
+    assert!(matches!(error, PretrainError::Occupied { .. }), "{error}");
     let card = fs_err::read_to_string(whole.path().join("base/README.md")).expect("it is written");
     assert!(card.contains("Squares of one colour each."), "{card}");
 }

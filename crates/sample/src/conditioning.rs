@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use console::Progress;
 use pipeline::recipe::LongText;
 use tensor::{Device, Precision, Tensor};
-use text_encoders::{ClipConfig, ClipTextModel, ClipTokenizer, T5Encoder, T5Tokenizer};
+use text_encoders::{ClipConfig, ClipTextModel, ClipTokenizer, T5Config, T5Encoder, T5Tokenizer};
 
 use crate::error::SampleError;
 
@@ -92,13 +92,14 @@ impl Encoders {
     ///
     /// # Errors
     ///
-    /// If a text is too long and is not to be cut, or an encoder or tokenizer cannot be had.
+    /// If a text is too long and is not to be cut, an encoder or tokenizer cannot be had, or a tokenizer gives ids that
+    /// its encoder has no row for.
     pub fn encode(&self, texts: &[&str], progress: &Progress) -> Result<EncodedTexts, SampleError> {
         let clip_config = ClipConfig::from_file(&self.clip.join("config.json"))?;
-        let clip_tokens = clip_config.max_position_embeddings;
+        let t5_config = T5Config::from_file(&self.t5.join("config.json"))?;
         let mut notes = Vec::new();
-        let t5_ids = self.t5_ids(texts, &mut notes)?;
-        let clip_ids = self.clip_ids(texts, clip_tokens, &mut notes)?;
+        let t5_ids = self.t5_ids(texts, &t5_config, &mut notes)?;
+        let clip_ids = self.clip_ids(texts, &clip_config, &mut notes)?;
 
         let job = progress.job("encode prompts", 2 * texts.len() as u64, "passes");
         let mut states = Vec::with_capacity(texts.len());
@@ -133,9 +134,11 @@ impl Encoders {
     fn t5_ids(
         &self,
         texts: &[&str],
+        config: &T5Config,
         notes: &mut Vec<String>,
     ) -> Result<Vec<Vec<u32>>, SampleError> {
         let tokenizer = T5Tokenizer::open(&self.t5_tokenizer)?;
+        tokenizer.check_vocabulary(&self.t5_tokenizer, config.vocab_size)?;
         let mut rows = Vec::with_capacity(texts.len());
         for &text in texts {
             let ids = tokenizer.encode(text, self.t5_tokens)?;
@@ -160,10 +163,12 @@ impl Encoders {
     fn clip_ids(
         &self,
         texts: &[&str],
-        clip_tokens: usize,
+        config: &ClipConfig,
         notes: &mut Vec<String>,
     ) -> Result<Vec<Vec<u32>>, SampleError> {
         let tokenizer = ClipTokenizer::open(&self.clip_tokenizer)?;
+        tokenizer.check_vocabulary(&self.clip_tokenizer, config.vocab_size)?;
+        let clip_tokens = config.max_position_embeddings;
         if tokenizer.max_length() > clip_tokens {
             return Err(SampleError::ClipLength {
                 tokenizer: self.clip_tokenizer.clone(),
@@ -184,5 +189,46 @@ impl Encoders {
             rows.push(ids.ids);
         }
         Ok(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pipeline::{FailureKind, StageError as _};
+
+    use super::*;
+
+    #[test]
+    fn a_tokenizer_with_an_id_beyond_the_model_s_rows_is_refused() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let write = |name: &str, text: &str| {
+            fs_err::write(dir.path().join(name), text).expect("writable");
+        };
+        write(
+            "vocab.json",
+            r#"{"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 60000}"#,
+        );
+        write("merges.txt", "#version: 0.2\n");
+        let encoders = Encoders {
+            clip: dir.path().join("absent"),
+            clip_tokenizer: dir.path().to_path_buf(),
+            t5: dir.path().join("absent"),
+            t5_tokenizer: dir.path().join("absent"),
+            t5_tokens: 1,
+            long_texts: LongText::Stop,
+            batch: 1,
+            device: tensor::device::cpu(),
+            precision: Precision::F32,
+        };
+        let error = encoders
+            .clip_ids(&["a"], &ClipConfig::clip_l(), &mut Vec::new())
+            .expect_err("CLIP has 49408 rows");
+        assert_eq!(error.kind(), FailureKind::BadInput);
+        let message = error.to_string();
+        assert!(
+            message.contains("60000") && message.contains("49408"),
+            "{message}"
+        );
+        assert!(error.help().is_some());
     }
 }

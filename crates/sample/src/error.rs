@@ -182,6 +182,9 @@ impl StageError for SampleError {
             Self::PartsDiffer { .. } => {
                 "use a base whose folders all come from one model".to_owned()
             }
+            Self::Tokenizer(TokenizerError::Vocabulary { .. }) => {
+                "use a base whose tokenizer and text encoder come from one model".to_owned()
+            }
             Self::Lora(LoraError::UnknownKeys { .. } | LoraError::Shape { .. }) => {
                 "use a LoRA that was trained for this base, or take it out of sample.loras"
                     .to_owned()

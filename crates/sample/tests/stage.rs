@@ -161,7 +161,7 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// A PNG's bytes, red, green and blue in turn.
+/// A PNG's pixels, red, green, blue and alpha in turn.
 fn pixels(path: &Path) -> Vec<u8> {
     let bytes = fs_err::read(path).expect("it was drawn");
     let limits = pixel_art::Limits {

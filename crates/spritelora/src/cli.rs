@@ -1,7 +1,7 @@
 //! The subcommands and their options.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bench::training_run::LEAST_STEPS;
@@ -48,6 +48,24 @@ pub enum Command {
     /// Measure how fast the transformer is
     #[command(subcommand)]
     Bench(Bench),
+}
+
+impl Command {
+    /// Whether stdout is to hold one JSON document.
+    pub fn wants_json(&self) -> bool {
+        match self {
+            Self::Ingest(options) | Self::EmbedText(options) | Self::CacheLatents(options) => {
+                options.stage.json
+            }
+            Self::Train(options) | Self::Sample(options) | Self::Evaluate(options) => options.json,
+            Self::Plan(options) => options.json,
+            Self::Pretrain(options) => options.json,
+            Self::Parity(options) => options.json,
+            Self::Bench(Bench::Cpu(options)) => options.json,
+            Self::Bench(Bench::Flux(options)) => options.json,
+            Self::RandomBase(_) | Self::Bench(Bench::FirstImage) => false,
+        }
+    }
 }
 
 /// Options of `plan`.
@@ -154,16 +172,12 @@ pub struct CpuBenchOptions {
     /// Measure PyTorch too, with this interpreter (it needs torch, diffusers and peft)
     #[arg(long, value_name = "FILE")]
     pub python: Option<PathBuf>,
-    /// PyTorch's side of it
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "docs/benchmarks/cpu_step.py"
-    )]
-    pub script: PathBuf,
-    /// Steps of each kind
-    #[arg(long, value_name = "COUNT", default_value_t = 20)]
-    pub repeats: usize,
+    /// PyTorch's side of it [default: docs/benchmarks/cpu_step.py of the workspace]
+    #[arg(long, value_name = "FILE")]
+    pub script: Option<PathBuf>,
+    /// Steps of each kind, 1 or more
+    #[arg(long, value_name = "COUNT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repeats: u32,
     /// Measure the portable engine too
     #[arg(long)]
     pub portable: bool,
@@ -177,12 +191,27 @@ impl CpuBenchOptions {
     pub fn measurement(self) -> CpuBench {
         CpuBench {
             python: self.python,
-            script: self.script,
-            repeats: self.repeats,
+            script: self.script.unwrap_or_else(|| {
+                let package = std::env::var_os("CARGO_MANIFEST_DIR");
+                default_script(package.as_deref().map(Path::new))
+            }),
+            repeats: self.repeats as usize,
             portable: self.portable,
             json: self.json,
         }
     }
+}
+
+/// PyTorch's side of `bench cpu` where none is named: that of the workspace under cargo, which says where the package
+/// that it runs is (xtask, or this one), and that below the current directory else.
+fn default_script(package: Option<&Path>) -> PathBuf {
+    let script = Path::new("docs/benchmarks/cpu_step.py");
+    package
+        .into_iter()
+        .flat_map(Path::ancestors)
+        .map(|dir| dir.join(script))
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| script.to_owned())
 }
 
 /// Options of `bench flux`.
@@ -250,7 +279,7 @@ pub struct RandomBaseOptions {
     /// Directory of the base; an untrained base in it is replaced
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Set of sizes: demo
+    /// Set of sizes: demo, small or tiny
     #[arg(long, default_value = "demo")]
     pub preset: Preset,
     /// Seed of the weights
@@ -293,7 +322,7 @@ pub struct StageOptions {
     /// auto, cpu, cuda or cuda:INDEX
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// What executes the transformer in train and sample: auto, portable, cpu or cuda
+    /// What executes the transformer in train, sample and evaluate: auto, portable, cpu or cuda
     #[arg(long, default_value = "auto")]
     pub engine: String,
     /// Worker threads [default: one per core]
@@ -313,6 +342,48 @@ mod tests {
     #[test]
     fn the_command_line_contradicts_itself_nowhere() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_document_is_wanted_with_the_option_json() {
+        for words in [
+            &["bench", "cpu"][..],
+            &["bench", "flux"],
+            &["plan", "--recipe", "r"],
+            &["train", "--recipe", "r", "--runs", "d"],
+            &["ingest", "--recipe", "r", "--runs", "d"],
+            &["pretrain", "--recipe", "r", "--out", "d", "--work", "d"],
+            &["parity", "--fixtures", "d"],
+        ] {
+            let wants = |more: &[&str]| {
+                let words = ["spritelora"].iter().chain(words).chain(more);
+                let parsed = Cli::try_parse_from(words).expect("right usage");
+                parsed.command.wants_json()
+            };
+            assert!(!wants(&[]) && wants(&["--json"]), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn the_script_is_found_from_every_directory_under_cargo() {
+        let found = default_script(Some(Path::new(env!("CARGO_MANIFEST_DIR"))));
+        assert!(
+            found.is_absolute() && found.is_file(),
+            "{}",
+            found.display()
+        );
+        assert_eq!(
+            default_script(None),
+            Path::new("docs/benchmarks/cpu_step.py")
+        );
+    }
+
+    #[test]
+    fn a_benchmark_has_steps() {
+        let parsed = |repeats| {
+            Cli::try_parse_from(["spritelora", "bench", "cpu", "--repeats", repeats]).is_ok()
+        };
+        assert!(parsed("1") && !parsed("0"));
     }
 
     #[test]

@@ -92,7 +92,7 @@ fn document(options: &PlanOptions) -> Result<Value, Failure> {
         "card": name,
         "gpu_memory_bytes": memory,
         "kept_free_bytes": RESERVED_BYTES,
-        "images_per_step": recipe.train.micro_batch * recipe.train.accumulation,
+        "images_per_step": images_per_step(recipe.train.micro_batch, recipe.train.accumulation),
         "micro_batches_at_once": plan.fused,
         "accumulation": recipe.train.accumulation,
         "recomputed_blocks": plan.recomputed_blocks,
@@ -103,6 +103,11 @@ fn document(options: &PlanOptions) -> Result<Value, Failure> {
         "steps": recipe.train.steps,
         "time_is_for": "one H100",
     }))
+}
+
+/// Images of one optimiser step. A recipe bounds neither number, so their product is wider than they are.
+fn images_per_step(micro_batch: u32, accumulation: u32) -> u64 {
+    u64::from(micro_batch) * u64::from(accumulation)
 }
 
 fn tell(document: &Value) {
@@ -154,6 +159,12 @@ mod tests {
         for text in ["", "GiB", "24TB", "-1GB", "0", "24 apples"] {
             assert!(text.parse::<Bytes>().is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn images_of_a_step_are_counted_beyond_32_bits() {
+        assert_eq!(images_per_step(2, 3), 6);
+        assert_eq!(images_per_step(1 << 31, 6), 6 << 31);
     }
 
     #[test]

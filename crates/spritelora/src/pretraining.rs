@@ -14,12 +14,16 @@ pub fn run(options: &PretrainOptions) -> u8 {
     match try_run(options) {
         Ok(report) => {
             if options.json {
-                print_document(&json!({ "done": report.is_done, "evaluation": report.evaluation }));
+                print_document(
+                    &json!({ "done": report.is_done, "paused": report.is_paused, "evaluation": report.evaluation }),
+                );
             } else {
                 let how = if report.is_done {
                     "done"
-                } else {
+                } else if report.is_paused {
                     "paused, the same command goes on"
+                } else {
+                    "the phases that were wanted are done, others are left"
                 };
                 print_line(&format!("{}: {how}", options.out.display()));
                 print_line(&format!("{:#}", report.evaluation));

@@ -20,7 +20,7 @@ use ::tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use ::tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 use serde::Deserialize;
 
-use super::{TokenIds, TokenizerError, bare_ids, frame, read_json};
+use super::{TokenIds, TokenizerError, bare_ids, check_vocabulary, frame, read_json};
 
 /// What is one word; everything between matches is dropped.
 const WORD: &str =
@@ -260,9 +260,14 @@ impl ClipTokenizer {
         self.max_length
     }
 
-    /// Number of ids that the tokenizer can give.
-    pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
+    /// Checks that a model with `num_rows` rows (its `vocab_size`) has one for every id of this tokenizer, which was
+    /// opened in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::Vocabulary`] if an id is too large.
+    pub fn check_vocabulary(&self, dir: &Path, num_rows: usize) -> Result<(), TokenizerError> {
+        check_vocabulary(&self.tokenizer, dir, num_rows)
     }
 }
 
@@ -327,6 +332,32 @@ mod tests {
         assert_eq!(found.ids[1..4], [55, 53, 55]);
         assert_eq!((found.ids[76], found.num_tokens), (57, 122));
         assert!(found.is_truncated());
+    }
+
+    #[test]
+    fn the_largest_id_needs_a_row_however_few_tokens_there_are() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let tokenizer = tiny(dir.path());
+        assert!(tokenizer.check_vocabulary(dir.path(), 58).is_ok());
+        let vocab = r#"{"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 90}"#;
+        fs_err::write(dir.path().join("vocab.json"), vocab)
+            .expect("the test directory can be written");
+        fs_err::write(dir.path().join("merges.txt"), "#version: 0.2\n")
+            .expect("the test directory can be written");
+        let sparse = ClipTokenizer::open(dir.path()).expect("three tokens make a tokenizer");
+        assert!(sparse.check_vocabulary(dir.path(), 91).is_ok());
+        let error = sparse
+            .check_vocabulary(dir.path(), 90)
+            .expect_err("the last row is 89");
+        let TokenizerError::Vocabulary {
+            dir: named,
+            found,
+            num_rows,
+        } = &error
+        else {
+            panic!("another error: {error}");
+        };
+        assert_eq!((named.as_path(), *found, *num_rows), (dir.path(), 90, 90));
     }
 
     #[test]

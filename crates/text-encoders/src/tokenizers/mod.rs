@@ -94,6 +94,18 @@ pub enum TokenizerError {
         /// The ids that it gives.
         found: Vec<u32>,
     },
+    /// The tokenizer gives ids that its model has no row for.
+    #[error(
+        "the tokenizer in {dir} has a token with id {found}, and its model has {num_rows} rows (ids below {num_rows})"
+    )]
+    Vocabulary {
+        /// The tokenizer's directory.
+        dir: PathBuf,
+        /// The largest id that the tokenizer can give.
+        found: u32,
+        /// The model's `vocab_size`.
+        num_rows: usize,
+    },
     /// The text cannot be encoded.
     #[error("cannot encode the text {text:?}")]
     Encode {
@@ -126,6 +138,24 @@ fn bare_ids(tokenizer: &::tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>,
             text: text.to_owned(),
             source,
         }),
+    }
+}
+
+/// Checks that a model of `num_rows` rows has one for every id that the tokenizer can give.
+///
+/// Ids need not be dense, so their number says nothing: the largest one decides.
+fn check_vocabulary(
+    tokenizer: &::tokenizers::Tokenizer,
+    dir: &Path,
+    num_rows: usize,
+) -> Result<(), TokenizerError> {
+    match tokenizer.get_vocab(true).into_values().max() {
+        Some(found) if found as usize >= num_rows => Err(TokenizerError::Vocabulary {
+            dir: dir.to_path_buf(),
+            found,
+            num_rows,
+        }),
+        _ => Ok(()),
     }
 }
 

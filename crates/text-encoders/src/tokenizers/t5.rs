@@ -17,7 +17,7 @@ use ::tokenizers::{AddedToken, Tokenizer};
 use serde::Deserialize;
 
 use super::sentencepiece::{SentencePieceError, SentencePieceModel};
-use super::{TokenIds, TokenizerError, bare_ids, frame, read, read_json};
+use super::{TokenIds, TokenizerError, bare_ids, check_vocabulary, frame, read, read_json};
 
 /// Sentinels that T5 was trained with; `tokenizer_config.json` may say otherwise.
 const EXTRA_IDS: usize = 100;
@@ -178,9 +178,14 @@ impl T5Tokenizer {
         Ok(frame(&bare, None, self.eos, self.pad, max_length))
     }
 
-    /// Number of ids that the tokenizer can give (the model may have more rows).
-    pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
+    /// Checks that a model with `num_rows` rows (its `vocab_size`, which may be more than there are ids) has one for
+    /// every id of this tokenizer, which was opened in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::Vocabulary`] if an id is too large.
+    pub fn check_vocabulary(&self, dir: &Path, num_rows: usize) -> Result<(), TokenizerError> {
+        check_vocabulary(&self.tokenizer, dir, num_rows)
     }
 }
 
@@ -222,7 +227,15 @@ mod tests {
             .encode("<extra_id_0><extra_id_2>", 3)
             .expect("the text is encodable");
         assert_eq!(found.ids, [12, 10, 1]);
-        assert_eq!(tokenizer.vocab_size(), 13);
+        let dir = Path::new("tokenizer_2");
+        assert!(tokenizer.check_vocabulary(dir, 13).is_ok());
+        let error = tokenizer
+            .check_vocabulary(dir, 12)
+            .expect_err("id 12 is the last sentinel's");
+        assert!(
+            matches!(error, TokenizerError::Vocabulary { found: 12, .. }),
+            "{error}"
+        );
     }
 
     #[test]
