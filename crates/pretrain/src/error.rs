@@ -39,8 +39,8 @@ pub enum PretrainError {
         /// The directory of checkpoints.
         work: PathBuf,
     },
-    /// The base would be written over one that was not trained here.
-    #[error("{} holds a base that was not made by `pretrain` (it has no evaluation.json)", path.display())]
+    /// The base would be written over one that this work did not make.
+    #[error("{} holds a base already, and the --work directory has no results that it could be of", path.display())]
     Occupied {
         /// The directory.
         path: PathBuf,
@@ -166,7 +166,7 @@ impl StageError for PretrainError {
             Self::Locked { .. } => {
                 Some("wait for it, or take other phases with --only, or another --work directory".to_owned())
             }
-            Self::Occupied { .. } => Some("choose another --out directory".to_owned()),
+            Self::Occupied { .. } => Some("choose another --out directory, or remove that base yourself".to_owned()),
             _ => None,
         }
     }

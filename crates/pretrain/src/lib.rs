@@ -125,7 +125,8 @@ pub fn run(
         "digest": corpus.digest.to_string(),
     }))?;
     let index_path = out.join("model_index.json");
-    if index_path.exists() && !out.join(EVALUATION_FILE).exists() {
+    let is_ours = out.join(EVALUATION_FILE).exists() && run.results().exist();
+    if index_path.exists() && !is_ours {
         return Err(PretrainError::Occupied { path: out.clone() });
     }
     let preset = recipe.preset();

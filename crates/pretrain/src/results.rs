@@ -94,6 +94,11 @@ pub(crate) struct Results<'a> {
 }
 
 impl Results<'_> {
+    /// Whether any phase is done.
+    pub(crate) fn exist(&self) -> bool {
+        self.path(Phase::Autoencoder, 0).exists()
+    }
+
     fn path(&self, phase: Phase, model: usize) -> PathBuf {
         let file = format!("{}-{model}.safetensors", phase.name());
         self.work.join("results").join(file)

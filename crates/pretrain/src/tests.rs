@@ -226,9 +226,8 @@ fn train_whole_and_in_parts() {
         ),
         "{error}"
     );
-    fs_err::remove_file(base.join("evaluation.json")).expect("removed");
     let elsewhere = PretrainOptions {
-        out: base.clone(),
+        work: parts.path().join("other work"),
         ..options(parts.path())
     };
     let error = run(&recipe, &corpus, &elsewhere).expect_err("somebody's base");
