@@ -124,6 +124,12 @@ impl Training for OnEngine<'_> {
         Ok([report.loss, report.grad_norm])
     }
 
+    fn broken(&mut self) -> Result<Option<f32>, PretrainError> {
+        // A step whose gradients are not finite has changed nothing.
+        let [loss, _] = self.figures()?;
+        Ok((!loss.is_finite()).then_some(loss))
+    }
+
     fn wait(&mut self) -> Result<(), PretrainError> {
         Ok(self.trainer.stream().synchronize()?)
     }

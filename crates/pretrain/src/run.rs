@@ -39,6 +39,9 @@ pub(crate) trait Training {
     /// Loss of the last step and norm of its gradients.
     fn figures(&mut self) -> Result<[f32; 2], PretrainError>;
 
+    /// The figure, if one says that the last step broke the weights.
+    fn broken(&mut self) -> Result<Option<f32>, PretrainError>;
+
     /// Waits until the device has done what was asked of it.
     fn wait(&mut self) -> Result<(), PretrainError>;
 
@@ -99,6 +102,11 @@ where
     fn figures(&mut self) -> Result<[f32; 2], PretrainError> {
         let [loss, norm] = self.last.as_ref().expect("a step was made");
         Ok([to_f32(loss)[0], to_f32(norm)[0]])
+    }
+
+    fn broken(&mut self) -> Result<Option<f32>, PretrainError> {
+        let figures = self.figures()?;
+        Ok(figures.into_iter().find(|figure| !figure.is_finite()))
     }
 
     fn wait(&mut self) -> Result<(), PretrainError> {
@@ -259,8 +267,7 @@ impl Run<'_> {
             let stops = self.is_out_of_time() && !is_last;
             if stops || (!is_last && step.is_multiple_of(optimizer.checkpoint_every)) {
                 // What fell apart is not kept over what is sound.
-                let [loss, norm] = training.figures()?;
-                if let Some(loss) = [loss, norm].into_iter().find(|figure| !figure.is_finite()) {
+                if let Some(loss) = training.broken()? {
                     return Err(PretrainError::Diverged { phase, step, loss });
                 }
                 training.save(&path, name)?;

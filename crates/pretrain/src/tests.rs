@@ -130,12 +130,30 @@ fn the_shipped_card_is_about_the_shipped_files() {
 ///
 /// On one thread: on several, gradients of the autoencoder were seen to differ in their last bits from run to run.
 #[test]
-fn losses_fall_and_an_interrupted_run_ends_with_the_same_bytes() {
+fn losses_fall_an_interrupted_run_ends_with_the_same_bytes_and_a_broken_one_is_not_kept() {
     rayon::ThreadPoolBuilder::new()
         .num_threads(1)
         .build()
         .expect("a thread can be had")
-        .install(train_whole_and_in_parts);
+        .install(|| {
+            train_whole_and_in_parts();
+            what_fell_apart_is_told_at_the_next_checkpoint_and_not_kept();
+        });
+}
+
+fn what_fell_apart_is_told_at_the_next_checkpoint_and_not_kept() {
+    let mut recipe = tiny_recipe();
+    let optimizer = &mut recipe.autoencoder.optimizer;
+    optimizer.learning_rate = 1e30;
+    (optimizer.log_every, optimizer.checkpoint_every) = (1000, 5);
+    let corpus = tiny_corpus(&recipe);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let error = run(&recipe, &corpus, &options(dir.path())).expect_err("no rate at all");
+    assert!(
+        matches!(error, PretrainError::Diverged { step: 5, .. }),
+        "{error}"
+    );
+    assert!(!dir.path().join("work/autoencoder.safetensors").exists());
 }
 
 fn train_whole_and_in_parts() {
