@@ -4,26 +4,32 @@
 //! An image is `struct<bytes: binary, path: string>` (a plain binary column is taken too). Rows are decoded in batches of
 //! a few MiB, or one by one; the files are mapped, so memory does not grow with them. Some writers put a thousand pictures
 //! into one page, which must be decompressed whole for any of them, and the first thousand into the dictionary, which all
-//! that refer to it need; where a single row is that costly, its batch is decoded and the latest batches are kept.
+//! that refer to it need; where a single row is that costly, its batch is decoded and the latest batches are kept. Rows that
+//! refer to one value of a dictionary share its bytes until they are asked for one by one: a small file can describe
+//! gigabytes of equal pictures.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use polars_arrow::array::{Array, BinaryViewArray, StructArray, Utf8ViewArray};
+use polars_arrow::array::Utf8ViewArray;
 use polars_arrow::datatypes::{ArrowDataType, Field};
 
 use crate::error::{ArtifactError, ParquetProblem, Result};
 use crate::parquet_read::ParquetFile;
 
+mod batch;
 mod kept;
 
+use batch::Batch;
 pub(crate) use kept::Kept;
 
 /// Rows are decoded so many bytes at a time, by the column's mean.
 const BATCH_BYTES: usize = 16 << 20;
-/// … and no more rows than this, unless a dictionary is larger than that.
+/// … and no more rows than this, unless a dictionary is larger than that …
 const BATCH_ROWS: usize = 256;
+/// … and then no more than this.
+const DICTIONARY_ROWS: usize = 1 << 16;
 /// A single row is costly if this fraction of a batch must be expanded for it.
 const COSTLY_FRACTION: usize = 8;
 
@@ -152,9 +158,12 @@ impl ParquetImages {
         self.shards.iter().enumerate().flat_map(|(file, shard)| {
             shard
                 .batches()
-                .flat_map(move |rows| match shard.read(file, rows) {
-                    Ok(images) => images.into_iter().map(Ok).collect::<Vec<_>>(),
-                    Err(error) => vec![Err(error)],
+                .map(move |rows| shard.read(file, rows))
+                .flat_map(|batch| {
+                    let (batch, error) =
+                        batch.map_or_else(|e| (None, Some(e)), |b| (Some(b), None));
+                    let rows = batch.into_iter().flat_map(Batch::into_rows);
+                    rows.map(Ok).chain(error.map(Err))
                 })
         })
     }
@@ -225,7 +234,7 @@ impl Shard {
         let dictionary_bytes = self.file.dictionary_bytes(&self.image.name, row);
         let mut rows = (self.batch_bytes / self.image_bytes).clamp(1, BATCH_ROWS);
         if dictionary_bytes > self.batch_bytes {
-            rows = rows.max(dictionary_bytes / self.image_bytes);
+            rows = rows.max((dictionary_bytes / self.image_bytes).min(DICTIONARY_ROWS));
         }
         let start = group.start + row.saturating_sub(group.start) / rows * rows;
         start.min(group.end)..(start + rows).min(group.end)
@@ -247,20 +256,16 @@ impl Shard {
         } else {
             index..index + 1
         };
-        let place = index - rows.start;
         // Outside the lock: threads read different batches at once.
-        let images = self.read(file, rows)?;
-        let image = images
-            .get(place)
-            .cloned()
-            .ok_or_else(|| self.out_of_range(index))?;
+        let batch = Arc::new(self.read(file, rows)?);
+        let image = batch.get(row).ok_or_else(|| self.out_of_range(index))?;
         if costly {
-            kept.put(path, images);
+            kept.put(path, batch);
         }
         Ok(image)
     }
 
-    fn read(&self, file: usize, rows: Range<usize>) -> Result<Vec<ParquetImage>> {
+    fn read(&self, file: usize, rows: Range<usize>) -> Result<Batch> {
         if rows.end > self.file.num_rows() {
             return Err(self.out_of_range(rows.start));
         }
@@ -268,23 +273,9 @@ impl Shard {
             Some(text) => self.file.decode_as::<Utf8ViewArray>(text, rows.clone())?,
             None => Vec::new(),
         };
-        let mut captions = captions.iter().flat_map(|array| array.iter());
-        let mut images = Vec::with_capacity(rows.len());
-        let mut row = rows.start as u32; // fits: checked when opened
-        for array in self.file.decode(&self.image, rows)? {
-            let columns = ImageColumns::of(array.as_ref()).ok_or_else(|| self.unreadable())?;
-            for index in 0..array.len() {
-                images.push(ParquetImage {
-                    file,
-                    row,
-                    bytes: columns.bytes(index).unwrap_or_default().to_vec(),
-                    path: columns.path(index).map(str::to_owned),
-                    caption: captions.next().flatten().map(str::to_owned),
-                });
-                row += 1;
-            }
-        }
-        Ok(images)
+        let images = self.file.decode(&self.image, rows.clone())?;
+        let first_row = rows.start as u32; // fits: checked when opened
+        Batch::new(file, first_row, images, captions).ok_or_else(|| self.unreadable())
     }
 
     fn out_of_range(&self, row: usize) -> ArtifactError {
@@ -303,47 +294,6 @@ impl Shard {
                 message: "it decodes to another type".to_owned(),
             },
         }
-    }
-}
-
-/// The arrays behind a decoded image column.
-struct ImageColumns<'a> {
-    images: &'a dyn Array,
-    bytes: &'a BinaryViewArray,
-    path: Option<&'a Utf8ViewArray>,
-}
-
-impl<'a> ImageColumns<'a> {
-    fn of(images: &'a dyn Array) -> Option<Self> {
-        let Some(structs) = images.as_any().downcast_ref::<StructArray>() else {
-            let bytes = images.as_any().downcast_ref()?;
-            return Some(Self {
-                images,
-                bytes,
-                path: None,
-            });
-        };
-        let child = |name: &str| {
-            let place = structs
-                .fields()
-                .iter()
-                .position(|field| field.name.as_str() == name)?;
-            Some(structs.values()[place].as_any())
-        };
-        Some(Self {
-            images,
-            bytes: child("bytes")?.downcast_ref()?,
-            path: child("path").and_then(|path| path.downcast_ref()),
-        })
-    }
-
-    fn bytes(&self, index: usize) -> Option<&[u8]> {
-        (self.images.is_valid(index) && self.bytes.is_valid(index)).then(|| self.bytes.value(index))
-    }
-
-    fn path(&self, index: usize) -> Option<&str> {
-        let path = self.path?;
-        (self.images.is_valid(index) && path.is_valid(index)).then(|| path.value(index))
     }
 }
 

@@ -181,12 +181,13 @@ impl Source {
                         })
                     }));
                 };
-                let mut seen = Vec::with_capacity(images.len());
+                let mut seen = Vec::new();
                 let mut batch: Vec<ParquetImage> = Vec::new();
                 let mut batch_bytes = 0;
                 for image in images.iter() {
                     let image = image.map_err(|error| SourceError::of_table(error, self.keys))?;
-                    batch_bytes += image.bytes.len();
+                    batch_bytes +=
+                        image.bytes.len() + image.caption.as_ref().map_or(0, String::len);
                     batch.push(image);
                     if batch_bytes >= BATCH_BYTES || batch.len() >= BATCH_ROWS {
                         look_at(&batch, &mut seen);

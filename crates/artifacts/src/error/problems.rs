@@ -179,6 +179,16 @@ pub enum ParquetProblem {
         /// Rows read.
         found: usize,
     },
+    /// Text of many equal cells, absurdly much of it.
+    #[error("column {column:?} has {num_bytes} bytes of text; at most {max_bytes} are read")]
+    Text {
+        /// The column.
+        column: String,
+        /// What its cells come to.
+        num_bytes: usize,
+        /// The most that is read.
+        max_bytes: usize,
+    },
     /// The decoder met something that it takes for impossible.
     #[error("{place} cannot be decoded ({message})")]
     Undecodable {

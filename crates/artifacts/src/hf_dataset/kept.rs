@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ParquetImage;
+use super::batch::Batch;
 
-/// Pictures are kept up to this many bytes, all files together: a data set of thousands of sprites is decoded once,
+/// Batches are kept up to this many bytes, all files together: a data set of thousands of sprites is decoded once,
 /// whatever the order. The newest batch is kept however large it is.
 const KEPT_BYTES: usize = 256 << 20;
 
 /// Decoded batches, the latest used last. Threads share it, and files that are opened together.
 pub(crate) struct Kept {
-    batches: Mutex<VecDeque<Batch>>,
+    batches: Mutex<VecDeque<(PathBuf, Arc<Batch>)>>,
     max_bytes: usize,
 }
 
@@ -25,66 +26,42 @@ impl Default for Kept {
     }
 }
 
-struct Batch {
-    path: PathBuf,
-    images: Arc<Vec<ParquetImage>>,
-    num_bytes: usize,
-}
-
 impl Kept {
     /// A row of a file, if its batch is here.
     pub fn get(&self, path: &Path, file: usize, row: u32) -> Option<ParquetImage> {
         let mut batches = self.batches.lock().unwrap_or_else(PoisonError::into_inner);
         let index = batches
             .iter()
-            .position(|batch| batch.path == path && find(&batch.images, file, row).is_some())?;
-        let batch = batches.remove(index)?;
-        let images = Arc::clone(&batch.images);
-        batches.push_back(batch);
+            .position(|(kept, batch)| kept == path && batch.file() == file && batch.has(row))?;
+        let (kept, batch) = batches.remove(index)?;
+        batches.push_back((kept, Arc::clone(&batch)));
         drop(batches);
-        find(&images, file, row).cloned()
+        batch.get(row)
     }
 
     /// Keeps a batch, and lets go of the longest unused ones that it displaces.
-    pub fn put(&self, path: &Path, images: Vec<ParquetImage>) {
-        let num_bytes = images
-            .iter()
-            .map(|image| image.bytes.len() + size_of::<ParquetImage>())
-            .sum();
+    pub(super) fn put(&self, path: &Path, batch: Arc<Batch>) {
         let mut batches = self.batches.lock().unwrap_or_else(PoisonError::into_inner);
-        batches.push_back(Batch {
-            path: path.to_path_buf(),
-            images: Arc::new(images),
-            num_bytes,
-        });
-        let mut total: usize = batches.iter().map(|batch| batch.num_bytes).sum();
+        batches.push_back((path.to_path_buf(), batch));
+        let mut total: usize = batches.iter().map(|(_, batch)| batch.num_bytes()).sum();
         while total > self.max_bytes && batches.len() > 1 {
-            total -= batches.pop_front().map_or(0, |batch| batch.num_bytes);
+            total -= batches
+                .pop_front()
+                .map_or(0, |(_, batch)| batch.num_bytes());
         }
     }
 }
 
-/// A row of a batch, whose rows follow each other.
-fn find(images: &[ParquetImage], file: usize, row: u32) -> Option<&ParquetImage> {
-    let place = row.checked_sub(images.first()?.row)?;
-    images
-        .get(place as usize)
-        .filter(|image| image.file == file)
-}
-
 #[cfg(test)]
 mod tests {
+    use polars_arrow::array::{Array, BinaryViewArray};
+
     use super::*;
 
-    fn batch(rows: std::ops::Range<u32>) -> Vec<ParquetImage> {
-        let image = |row| ParquetImage {
-            file: 0,
-            row,
-            bytes: vec![row as u8; 1000],
-            path: None,
-            caption: None,
-        };
-        rows.map(image).collect()
+    fn batch(rows: std::ops::Range<u32>) -> Arc<Batch> {
+        let pictures = rows.clone().map(|row| vec![row as u8; 1000]);
+        let pictures = BinaryViewArray::from_slice_values(pictures.collect::<Vec<_>>());
+        Arc::new(Batch::new(0, rows.start, vec![pictures.boxed()], Vec::new()).expect("binary"))
     }
 
     #[test]

@@ -209,3 +209,30 @@ fn a_file_cut_or_changed_anywhere_never_panics() {
         }
     }
 }
+
+#[test]
+fn rows_that_share_a_picture_do_not_multiply_it() {
+    const PICTURE_BYTES: usize = 1 << 20;
+    let file = fixture("images-repeated.parquet"); // 5000 rows, 5 GB if each had its own
+    assert!(std::fs::metadata(&file).expect("there").len() < 4096);
+    let images = ParquetImages::open(&[&file], "image", "text").expect("sound");
+    let shard = &images.shards[0];
+    let longest = shard.batches().max_by_key(Range::len).expect("has rows");
+    assert!(longest.len() > 200, "{longest:?}");
+    let batch = shard.read(0, longest).expect("readable");
+    assert!(
+        batch.num_bytes() < 4 * PICTURE_BYTES,
+        "{}",
+        batch.num_bytes()
+    );
+    let mut rows = 0;
+    for image in images.iter() {
+        let image = image.expect("readable");
+        assert_eq!((image.row, image.bytes.len()), (rows, PICTURE_BYTES));
+        assert_eq!(image.caption.as_deref(), Some("a knight"));
+        rows += 1;
+    }
+    assert_eq!(rows, 5000);
+    let last = images.get(0, 4999).expect("there");
+    assert_eq!(last.bytes.len(), PICTURE_BYTES);
+}

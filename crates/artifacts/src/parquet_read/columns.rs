@@ -9,45 +9,50 @@ use polars_arrow::types::NativeType;
 use super::ParquetFile;
 use crate::error::{ArtifactError, ParquetProblem, Result};
 
+/// Text that a column may decode to: a dictionary makes many long equal cells of few bytes.
+const MAX_TEXT_BYTES: usize = 1 << 30;
+
 impl ParquetFile {
     /// A text column without empty cells.
     pub fn strings(&self, column: &str) -> Result<Vec<String>> {
-        self.required(
-            column,
-            "text",
-            ArrowDataType::Utf8View,
-            |array: &Utf8ViewArray| array.iter().map(|cell| cell.map(str::to_owned)).collect(),
-        )
+        let arrays = self.arrays::<Utf8ViewArray>(column, "text", ArrowDataType::Utf8View)?;
+        let num_bytes: usize = arrays.iter().map(|array| array.total_bytes_len()).sum();
+        if num_bytes > MAX_TEXT_BYTES {
+            return Err(self.damaged(ParquetProblem::Text {
+                column: column.to_owned(),
+                num_bytes,
+                max_bytes: MAX_TEXT_BYTES,
+            }));
+        }
+        let cells = arrays.iter().flat_map(|array| array.iter());
+        self.required(column, "text", cells.map(|cell| cell.map(str::to_owned)))
     }
 
     /// A column of u32 without empty cells.
     pub fn u32s(&self, column: &str) -> Result<Vec<u32>> {
-        self.required(column, "u32", ArrowDataType::UInt32, numbers::<u32>)
+        self.numbers(column, "u32", ArrowDataType::UInt32)
     }
 
     /// A column of u32 with empty cells.
     pub fn optional_u32s(&self, column: &str) -> Result<Vec<Option<u32>>> {
-        self.whole(column, "u32", ArrowDataType::UInt32, numbers::<u32>)
+        let arrays = self.arrays(column, "u32", ArrowDataType::UInt32)?;
+        Ok(arrays.iter().flat_map(cells::<u32>).collect())
     }
 
     /// A column of f32 without empty cells.
     pub fn f32s(&self, column: &str) -> Result<Vec<f32>> {
-        self.required(column, "f32", ArrowDataType::Float32, numbers::<f32>)
+        self.numbers(column, "f32", ArrowDataType::Float32)
     }
 
     /// A column of f64 without empty cells.
     pub fn f64s(&self, column: &str) -> Result<Vec<f64>> {
-        self.required(column, "f64", ArrowDataType::Float64, numbers::<f64>)
+        self.numbers(column, "f64", ArrowDataType::Float64)
     }
 
     /// A column of yes or no without empty cells.
     pub fn bools(&self, column: &str) -> Result<Vec<bool>> {
-        self.required(
-            column,
-            "bool",
-            ArrowDataType::Boolean,
-            |array: &BooleanArray| array.iter().collect(),
-        )
+        let arrays = self.arrays::<BooleanArray>(column, "bool", ArrowDataType::Boolean)?;
+        self.required(column, "bool", arrays.iter().flat_map(|array| array.iter()))
     }
 
     /// A column's field, if it has exactly this type.
@@ -108,30 +113,37 @@ impl ParquetFile {
             .collect()
     }
 
-    fn whole<A: Array + Clone, T>(
+    /// All of a column, an array for each row group.
+    fn arrays<A: Array + Clone>(
         &self,
         column: &str,
         expected: &str,
         dtype: ArrowDataType,
-        cells: impl Fn(&A) -> Vec<Option<T>>,
-    ) -> Result<Vec<Option<T>>> {
+    ) -> Result<Vec<A>> {
         let field = self.typed_field(column, expected, &dtype)?;
         self.check_rows_against_size()?;
-        let arrays = self.decode_as::<A>(field, 0..self.num_rows())?;
-        Ok(arrays.iter().flat_map(cells).collect())
+        self.decode_as::<A>(field, 0..self.num_rows())
     }
 
-    fn required<A: Array + Clone, T>(
+    fn numbers<T: NativeType>(
         &self,
         column: &str,
         expected: &str,
         dtype: ArrowDataType,
-        cells: impl Fn(&A) -> Vec<Option<T>>,
     ) -> Result<Vec<T>> {
-        let cells = self.whole(column, expected, dtype, cells)?;
-        let num_rows = cells.len();
-        let mut values = Vec::with_capacity(num_rows);
-        for (row, cell) in cells.into_iter().enumerate() {
+        let arrays = self.arrays(column, expected, dtype)?;
+        self.required(column, expected, arrays.iter().flat_map(cells::<T>))
+    }
+
+    /// The cells of a column that may not have empty ones.
+    fn required<T>(
+        &self,
+        column: &str,
+        expected: &str,
+        cells: impl Iterator<Item = Option<T>>,
+    ) -> Result<Vec<T>> {
+        let mut values = Vec::with_capacity(self.num_rows());
+        for (row, cell) in cells.enumerate() {
             let value =
                 cell.ok_or_else(|| self.wrong_cell(column, row, expected, "an empty cell"))?;
             values.push(value);
@@ -140,8 +152,8 @@ impl ParquetFile {
     }
 }
 
-fn numbers<T: NativeType>(array: &PrimitiveArray<T>) -> Vec<Option<T>> {
-    array.iter().map(|cell| cell.copied()).collect()
+fn cells<T: NativeType>(array: &PrimitiveArray<T>) -> impl Iterator<Item = Option<T>> {
+    array.iter().map(|cell| cell.copied())
 }
 
 /// A column type in words that a person who made the file would use.

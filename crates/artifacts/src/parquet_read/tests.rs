@@ -235,3 +235,16 @@ fn a_table_cut_or_changed_anywhere_never_panics() {
         }
     }
 }
+
+#[test]
+fn captions_that_come_to_gigabytes_are_refused() {
+    let file =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/captions-repeated.parquet");
+    assert!(std::fs::metadata(&file).expect("there").len() < 4096);
+    let error = captions::read(&file).expect_err("absurd").to_string();
+    assert!(error.contains("captions-repeated.parquet"), "{error}");
+    assert!(
+        error.contains("column \"caption\" has 1310720000 bytes of text"),
+        "{error}"
+    );
+}
