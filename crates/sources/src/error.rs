@@ -143,6 +143,20 @@ pub enum MetadataProblem {
     /// A record of `metadata.csv` is damaged.
     #[error("is not a CSV record")]
     Csv(#[source] csv::Error),
+    /// Another number of cells than columns.
+    #[error("has {found} cells, the file has {expected} columns")]
+    Cells {
+        /// Columns by the first line.
+        expected: usize,
+        /// Cells of this line.
+        found: usize,
+    },
+    /// A quoted cell that goes on to the end of the file.
+    #[error("has a quote that is never closed")]
+    OpenQuote,
+    /// A quoted cell with text behind it, most often because an earlier quote was not closed.
+    #[error("has a quoted cell that goes on behind its closing quote")]
+    BehindQuote,
     /// There is no text in `file_name`.
     #[error("has no text in \"file_name\"; its columns are: {}", existing.join(", "))]
     NoFileName {
@@ -220,6 +234,14 @@ impl StageError for SourceError {
                 source: MetadataProblem::NoFileName { .. },
                 ..
             } => "each line names its image in \"file_name\", relative to the metadata file".to_owned(),
+            Self::Metadata {
+                source: MetadataProblem::Cells { .. },
+                ..
+            } => "put text with commas between quotes: a.png,\"a knight, red hair\"".to_owned(),
+            Self::Metadata {
+                source: MetadataProblem::OpenQuote | MetadataProblem::BehindQuote,
+                ..
+            } => "close the quote at the end of its cell; a quote inside a quoted cell is written twice: \"\"".to_owned(),
             Self::NoCaptionColumn { keys, .. } | Self::NoTableColumn { keys, .. } => format!(
                 "set {} (and for Parquet {}) to the columns that exist",
                 keys.caption_column, keys.image_column

@@ -8,12 +8,14 @@
 //!
 //! Only what [`pipeline::list_source`] lists is read, because only that is fingerprinted.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use artifacts::{ParquetImage, ParquetImages, SourceImages};
 use pipeline::list_source;
 use rayon::prelude::*;
+use unicode_normalization::UnicodeNormalization as _;
 
 use crate::error::SourceError;
 use crate::image::{Content, SourceImage};
@@ -299,6 +301,7 @@ fn not_wanted() -> Problem {
 fn by_metadata(recipe: &SourceRecipe<'_>, listing: &Listing) -> Result<Vec<Entry>, SourceError> {
     let mut entries = Vec::new();
     let mut folders = BTreeSet::new();
+    let names = Names::new(&listing.files);
     for name in &listing.metadata {
         let folder = folder(name);
         if !folders.insert(folder) {
@@ -307,7 +310,7 @@ fn by_metadata(recipe: &SourceRecipe<'_>, listing: &Listing) -> Result<Vec<Entry
             });
         }
         for line in metadata::read(&listing.files[name], recipe)? {
-            let found = find(&line.file_name, folder, &listing.files, name, line.number);
+            let found = names.find(&line.file_name, folder, name, line.number);
             entries.push(match found {
                 Ok(file) => Entry {
                     file,
@@ -344,60 +347,105 @@ fn metadata_names(metadata_files: &[String]) -> String {
     }
 }
 
-/// The listed file that a metadata line means.
-fn find(
-    written: &str,
-    folder: &str,
-    listed: &BTreeMap<String, PathBuf>,
-    metadata_name: &str,
-    line: u64,
-) -> Result<String, Problem> {
-    let mut parts: Vec<&str> = folder.split('/').filter(|part| !part.is_empty()).collect();
-    for component in Path::new(written).components() {
-        match component {
-            Component::Normal(part) => parts.push(part.to_str().unwrap_or_default()),
-            Component::CurDir => {}
-            Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
-                return Err(Problem::new(
-                    PATH_ESCAPES,
-                    format!(
-                        "line {line} of {metadata_name} names it; a path must be relative and without \"..\""
-                    ),
-                ));
-            }
+/// The files of a source, found by what people write.
+struct Names<'a> {
+    listed: &'a BTreeMap<String, PathBuf>,
+    /// Names by how they look; made when first a file is not found.
+    by_look: OnceCell<BTreeMap<String, &'a str>>,
+}
+
+impl<'a> Names<'a> {
+    fn new(listed: &'a BTreeMap<String, PathBuf>) -> Self {
+        Self {
+            listed,
+            by_look: OnceCell::new(),
         }
     }
-    let name = parts.join("/");
-    if listed.contains_key(&name) {
-        return Ok(name);
+
+    /// The listed file that a metadata line means.
+    fn find(
+        &self,
+        written: &str,
+        folder: &str,
+        metadata_name: &str,
+        line: u64,
+    ) -> Result<String, Problem> {
+        let mut parts: Vec<&str> = folder.split('/').filter(|part| !part.is_empty()).collect();
+        for component in Path::new(written).components() {
+            match component {
+                Component::Normal(part) => parts.push(part.to_str().unwrap_or_default()),
+                Component::CurDir => {}
+                Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
+                    return Err(Problem::new(
+                        PATH_ESCAPES,
+                        format!(
+                            "line {line} of {metadata_name} names it; a path must be relative and without \"..\""
+                        ),
+                    ));
+                }
+            }
+        }
+        let name = parts.join("/");
+        if self.listed.contains_key(&name) {
+            return Ok(name);
+        }
+        let hint = self.hint(&name).unwrap_or_default();
+        Err(Problem::new(
+            MISSING_IMAGE,
+            format!("line {line} of {metadata_name} names it, but there is no such file{hint}"),
+        ))
     }
-    let hint = listed
-        .keys()
-        .find(|other| other.eq_ignore_ascii_case(&name))
-        .map(|other| format!(" (there is {other}: letter case counts)"))
-        .unwrap_or_default();
-    Err(Problem::new(
-        MISSING_IMAGE,
-        format!("line {line} of {metadata_name} names it, but there is no such file{hint}"),
-    ))
+
+    /// A file whose name looks like one that is not there, and how they differ.
+    fn hint(&self, absent: &str) -> Option<String> {
+        let by_look = self.by_look.get_or_init(|| {
+            let names = self.listed.keys();
+            names.map(|name| (look(name), name.as_str())).collect()
+        });
+        let there = by_look.get(&look(absent))?;
+        let why = if absent.contains('\\') {
+            "folders are separated by /"
+        } else if there.nfc().eq(absent.nfc()) {
+            "its accented letters are other Unicode characters, as macOS writes them"
+        } else if there.trim() != absent.trim() {
+            "letter case counts"
+        } else {
+            "spaces count"
+        };
+        Some(format!(" (there is {there}: {why})"))
+    }
+}
+
+/// What stays of a name to the eye: composed characters in lower case, `/` between folders.
+fn look(name: &str) -> String {
+    let composed: String = name.trim().replace('\\', "/").nfc().collect();
+    composed.to_lowercase()
 }
 
 /// Images with `.txt` files beside them.
 fn by_text_files(listing: &Listing) -> (Vec<Entry>, Vec<String>) {
+    // Of a.TXT and a.txt the latter is read: it comes later.
+    let texts: BTreeMap<&str, &String> = listing
+        .files
+        .keys()
+        .filter(|name| ending(name) == "txt")
+        .map(|name| (stem(name), name))
+        .collect();
     let mut used = BTreeSet::new();
     let entries = listing
         .pictures
         .iter()
         .map(|picture| {
-            let text_name = format!("{}.txt", stem(picture));
-            let caption = match listing.files.get(&text_name) {
-                Some(path) => read_caption(path),
+            let caption = match texts.get(stem(picture)) {
+                Some(&text) => {
+                    used.insert(text);
+                    read_caption(&listing.files[text])
+                }
                 None => Err(Problem::new(
                     MISSING_CAPTION,
-                    format!("there is no {text_name} beside it"),
+                    format!("there is no {}.txt beside it", stem(picture)),
                 )),
             };
-            used.insert(text_name);
             Entry {
                 file: picture.clone(),
                 caption,
@@ -407,7 +455,7 @@ fn by_text_files(listing: &Listing) -> (Vec<Entry>, Vec<String>) {
     let idle: Vec<&String> = listing
         .files
         .keys()
-        .filter(|name| ending(name) == "txt" && !used.contains(*name))
+        .filter(|name| ending(name) == "txt" && !used.contains(name))
         .collect();
     let notes = match idle.first() {
         Some(first) => vec![format!(

@@ -92,7 +92,8 @@ fn read_csv(bytes: &[u8], caption_column: &str) -> Read {
         let line = error.position().map(csv::Position::line);
         (line, MetadataProblem::Csv(error))
     };
-    let mut reader = csv::Reader::from_reader(bytes);
+    check_quotes(bytes).map_err(|(line, problem)| (Some(line), problem))?;
+    let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(bytes);
     let columns: Vec<String> = reader
         .headers()
         .map_err(failed)?
@@ -108,6 +109,17 @@ fn read_csv(bytes: &[u8], caption_column: &str) -> Read {
     for record in reader.records() {
         let record = record.map_err(failed)?;
         let number = record.position().map_or(0, csv::Position::line);
+        // Spreadsheets write empty rows as commas.
+        if record.iter().all(|cell| cell.trim().is_empty()) {
+            continue;
+        }
+        if record.len() != columns.len() {
+            let problem = MetadataProblem::Cells {
+                expected: columns.len(),
+                found: record.len(),
+            };
+            return Err((Some(number), problem));
+        }
         let file_name = record.get(file_name_at).unwrap_or_default().to_owned();
         if file_name.is_empty() {
             return Err((
@@ -125,6 +137,33 @@ fn read_csv(bytes: &[u8], caption_column: &str) -> Read {
         });
     }
     Ok((lines, columns.into_iter().collect()))
+}
+
+/// A quoted cell ends where its quote closes (RFC 4180). The `csv` crate reads on, to the next quote or the file's end:
+/// one that was forgotten would put the rows behind it into its caption.
+fn check_quotes(bytes: &[u8]) -> Result<(), (u64, MetadataProblem)> {
+    let mut line = 1;
+    let mut rest = bytes.iter().copied().peekable();
+    let mut starts_cell = true;
+    while let Some(byte) = rest.next() {
+        if byte == b'"' && starts_cell {
+            let opened = line;
+            loop {
+                match rest.next() {
+                    None => return Err((opened, MetadataProblem::OpenQuote)),
+                    Some(b'\n') => line += 1,
+                    Some(b'"') if rest.next_if_eq(&b'"').is_none() => break,
+                    Some(_) => {}
+                }
+            }
+            if !matches!(rest.peek(), None | Some(b',' | b'\r' | b'\n')) {
+                return Err((opened, MetadataProblem::BehindQuote));
+            }
+        }
+        starts_cell = matches!(byte, b',' | b'\r' | b'\n');
+        line += u64::from(byte == b'\n');
+    }
+    Ok(())
 }
 
 fn missing(caption_column: &str, number: u64) -> Problem {
@@ -226,6 +265,13 @@ mod tests {
             ("metadata.csv", "file_name,text\na,b\nc,d,e\n", 3),
             ("metadata.csv", "name,text\na,b\n", 1),
             ("metadata.csv", "file_name,text\n,b\n", 2),
+            ("metadata.csv", "file_name,text\na,\"b\nc,d\n", 2),
+            (
+                "metadata.csv",
+                "file_name,text\na,b\nb,\"c\nd,\"e\"\nf,g\n",
+                3,
+            ),
+            ("metadata.csv", "file_name,text\n\"a\nb\",\"c\"\"\n", 3),
         ] {
             let error = read_text(name, text).expect_err("damaged");
             assert!(
@@ -233,6 +279,20 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn empty_rows_are_passed_over_and_quotes_are_those_of_the_standard() {
+        let csv = "file_name,text\n,\n a.png,\"two\nlines, \"\"q\"\"\"\r\n  \n\nb.png,5\" tall\n\"c.png\",\"\"";
+        assert_eq!(
+            pairs(read_text("metadata.csv", csv).expect("readable")),
+            [
+                (" a.png", "two\nlines, \"q\""),
+                ("b.png", "5\" tall"),
+                ("c.png", "")
+            ]
+            .map(|(file, caption)| (file.to_owned(), Some(caption.to_owned())))
+        );
     }
 
     #[test]

@@ -147,3 +147,52 @@ fn messages_and_advice_use_the_readers_keys() {
         "{told}"
     );
 }
+
+#[test]
+fn a_caption_file_may_have_its_ending_in_capitals() {
+    let dir = folder(&[
+        ("a.png", &png(1)),
+        ("a.TXT", b"ay"),
+        ("b.png", &png(2)),
+        ("b.TXT", b"another"),
+        ("b.txt", b"bee"),
+    ]);
+    let source = Source::open(&recipe(dir.path())).expect("sound");
+    let captions: Vec<_> = seen(&source).into_iter().map(|(_, it, _)| it).collect();
+    assert_eq!(captions, [Ok("ay".to_owned()), Ok("bee".to_owned())]);
+    let notes = source.notes();
+    assert!(
+        notes[0].contains("1 .txt files") && notes[0].contains("b.TXT"),
+        "{notes:?}"
+    );
+}
+
+#[test]
+fn a_name_that_looks_like_a_file_there_is_told_how_it_differs() {
+    let dir = folder(&[("Knight.png", &png(1)), ("e\u{301}.png", &png(2))]);
+    fs_err::create_dir(dir.path().join("sub")).expect("created");
+    fs_err::write(dir.path().join("sub/orc.png"), png(3)).expect("written");
+    let names = [
+        "knight.png",
+        "\u{e9}.png",
+        "sub\\\\orc.png",
+        " Knight.png",
+        "elf.png",
+    ];
+    let lines = names.map(|name| format!("{{\"file_name\": \"{name}\", \"text\": \"x\"}}\n"));
+    fs_err::write(dir.path().join("metadata.jsonl"), lines.concat()).expect("written");
+    let source = Source::open(&recipe(dir.path())).expect("sound");
+    let details = source.map(|image| image.caption().map_err(|problem| problem.detail).err());
+    let details: Vec<String> = details.expect("no table").into_iter().flatten().collect();
+    let differences = [
+        "no such file (there is Knight.png: letter case counts)",
+        "no such file (there is e\u{301}.png: its accented letters are other Unicode characters, as macOS writes them)",
+        "no such file (there is sub/orc.png: folders are separated by /)",
+        "no such file (there is Knight.png: spaces count)",
+        "no such file",
+    ];
+    for (detail, difference) in details.iter().zip(differences) {
+        assert!(detail.ends_with(difference), "{detail}");
+    }
+    assert_eq!(details.len(), 8); // and three pictures that no line names
+}
