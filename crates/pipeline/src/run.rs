@@ -4,7 +4,6 @@
 //! sealed artifact or a directory without a seal. A forced run works in a hidden directory beside the old artifact and
 //! takes its place only once sealed; a run killed between the two renames of that is completed by the next one.
 
-use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -15,6 +14,7 @@ use crate::context::{RunOptions, StageContext, StageReport};
 use crate::error::PipelineError;
 use crate::failure::Failure;
 use crate::fingerprint::Fingerprint;
+use crate::lock::FileLock;
 use crate::manifest::{
     Artifact, MANIFEST_FILE, Manifest, SOURCES_FILE, sync_directory, write_json_atomically,
 };
@@ -27,7 +27,7 @@ use crate::task::Task;
 /// The right to run a stage in a runs directory; given back when dropped, also by a killed process.
 #[derive(Debug)]
 pub struct StageLock {
-    _file: File,
+    _lock: FileLock,
 }
 
 impl StageLock {
@@ -40,16 +40,9 @@ impl StageLock {
         let dir = runs.join(stage.name());
         fs_err::create_dir_all(&dir).map_err(PipelineError::write("create", &dir))?;
         let path = dir.join(".lock");
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(PipelineError::write("open", &path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
-            Err(TryLockError::WouldBlock) => Err(PipelineError::Locked { stage, path }),
-            Err(TryLockError::Error(error)) => Err(PipelineError::io("lock", &path)(error)),
+        match FileLock::try_acquire(&path).map_err(PipelineError::write("lock", &path))? {
+            Some(lock) => Ok(Self { _lock: lock }),
+            None => Err(PipelineError::Locked { stage, path }),
         }
     }
 }

@@ -42,12 +42,12 @@ mod export;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use autoencoder::{Autoencoder, AutoencoderConfig};
 use mmdit::MmditConfig;
+use pipeline::FileLock;
 use serde_json::{Value, json};
 use tensor::Device;
 use text_encoders::{ClipConfig, T5Config};
@@ -241,24 +241,15 @@ pub fn run(
     })
 }
 
-/// Takes the locks of phases that are to be trained; they are given back when the files are dropped, or the process ends.
-fn lock_phases(work: &Path, phases: &[Phase]) -> Result<Vec<File>, PretrainError> {
+/// Takes the locks of phases that are to be trained.
+fn lock_phases(work: &Path, phases: &[Phase]) -> Result<Vec<FileLock>, PretrainError> {
     let lock = |phase: &Phase| {
         let path = work.join(format!(".{}.lock", phase.name()));
-        let options = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path);
-        let file = options.map_err(PretrainError::Read)?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(TryLockError::WouldBlock) => Err(PretrainError::Locked {
-                phase: phase.name(),
-                work: work.to_owned(),
-            }),
-            Err(TryLockError::Error(error)) => Err(PretrainError::Read(error)),
-        }
+        let lock = FileLock::try_acquire(&path).map_err(PretrainError::Read)?;
+        lock.ok_or_else(|| PretrainError::Locked {
+            phase: phase.name(),
+            work: work.to_owned(),
+        })
     };
     phases.iter().map(lock).collect()
 }

@@ -4,9 +4,11 @@ use std::io::Write as _;
 use std::path::Path;
 
 use artifacts::{Digest, Hasher, ImageEntry, write_atomically};
-use autoencoder::{Autoencoder, pixels};
+use autoencoder::Autoencoder;
 use pipeline::recipe::SampleRecipe;
-use pixel_art::{Rgb8, Rgba8, SheetEntry, SheetStyle, contact_sheet, encode_png_rgb};
+use pixel_art::{
+    Rgb8, Rgba8, SheetEntry, SheetStyle, contact_sheet, encode_png_rgb, from_model_range,
+};
 use serde::{Deserialize, Serialize};
 use tensor::{Tensor, to_f32};
 
@@ -83,19 +85,20 @@ pub fn decode(
     latent_cells: [usize; 2],
 ) -> Result<Vec<Rgb8>, NotFinite> {
     let [h, w] = latent_cells;
-    let all_finite = |values: Vec<f32>| values.iter().all(|value| value.is_finite());
-    if !all_finite(to_f32(&tokens)) {
+    let all_finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+    if !all_finite(&to_f32(&tokens)) {
         return Err(NotFinite::Latents);
     }
     let latents = mmdit::unpatchify(tokens, h, w); // b c h w
     let pictures = vae.decode(vae.config().from_model(latents)); // b 3 f·h f·w
-    if !all_finite(to_f32(&pictures)) {
+    let [_, _, height_px, width_px] = pictures.dims();
+    let values = to_f32(&pictures);
+    if !all_finite(&values) {
         return Err(NotFinite::Pixels);
     }
-    let [_, _, height_px, width_px] = pictures.dims();
-    Ok(pixels::to_rgb8(&pictures)
-        .into_iter()
-        .map(|rgb| Rgb8::new(width_px as u32, height_px as u32, rgb))
+    Ok(values
+        .chunks_exact(3 * height_px * width_px)
+        .map(|planes| from_model_range(planes, width_px as u32, height_px as u32))
         .collect())
 }
 
