@@ -18,9 +18,9 @@ use crate::optimise::LoraOptimizer;
 /// What a plan leaves of a card's memory to the driver: its context, kernels' code, recorded graphs.
 pub const RESERVED_BYTES: usize = 1 << 30;
 
-/// Name and memory of the first card, if there is one that the engine `cuda` can use.
-pub fn card() -> Option<(String, usize)> {
-    let facts = engine_cuda::device::probe(0).ok()?;
+/// Name and memory in bytes of a card, counted from 0, if the engine `cuda` can use it.
+pub fn card(index: usize) -> Option<(String, usize)> {
+    let facts = engine_cuda::device::probe(index).ok()?;
     Some((facts.name, facts.total_bytes))
 }
 

@@ -76,7 +76,7 @@ fn document(options: &PlanOptions) -> Result<Value, Failure> {
     };
     let (name, memory) = match options.gpu_memory {
         Some(Bytes(bytes)) => (None, bytes),
-        None => match card() {
+        None => match card(0) {
             Some((name, bytes)) => (Some(name), bytes),
             None => (None, USUAL_BYTES),
         },

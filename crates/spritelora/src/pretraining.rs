@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use console::{print_document, print_line};
+use engine::plan::card;
 use pipeline::Failure;
 use pretrain::{Corpus, PretrainRecipe, PretrainReport};
 use serde_json::json;
+use tensor::Device;
 
 use crate::cli::PretrainOptions;
 
@@ -50,10 +52,18 @@ fn try_run(options: &PretrainOptions) -> Result<PretrainReport, Failure> {
         hardware: options
             .hardware
             .clone()
-            .unwrap_or_else(|| format!("{device:?}")),
+            .unwrap_or_else(|| hardware_of(&device)),
         device,
         max_time: options.max_seconds.map(Duration::from_secs),
         phases: options.only.iter().map(|&phase| phase.into()).collect(),
     };
     Ok(pretrain::run(&recipe, &corpus, &options)?)
+}
+
+/// A device as a model card calls it: the card's own name.
+fn hardware_of(device: &Device) -> String {
+    match tensor::device::cuda_index(device) {
+        None => "CPU".to_owned(),
+        Some(index) => card(index).map_or_else(|| format!("cuda:{index}"), |(name, _)| name),
+    }
 }

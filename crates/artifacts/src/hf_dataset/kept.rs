@@ -54,7 +54,7 @@ impl Kept {
 
 #[cfg(test)]
 mod tests {
-    use polars_arrow::array::{Array, BinaryViewArray};
+    use polars_arrow::array::BinaryViewArray;
 
     use super::*;
 
