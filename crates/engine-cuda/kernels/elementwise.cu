@@ -1,4 +1,4 @@
-// Passes over whole activations: gate and residual, GELU, SiLU, sums, conversions, sinusoids of times, normal numbers.
+// Passes over whole activations: gate and residual, GELU, SiLU, conversions, sinusoids of times, normal numbers.
 //
 // Kernels over rows take a grid of (rows, column chunks of COLUMN_CHUNK); flat kernels a grid of chunks of FLAT_CHUNK.
 
@@ -25,11 +25,12 @@ static __device__ __forceinline__ void each_column_vector(int columns, F f) {
 
 // out = residual + gate·y, clipped to what f16 holds if `clip`. `out` may be `residual`.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
-    gate_residual(T* out, const T* residual, const T* gate, int mod_stride, const T* y, int tokens, int d, int clip) {
+    gate_residual(T* out, const T* residual, const float* gate, int mod_stride, const T* y, int tokens, int d,
+                  int clip) {
     const long long row = (long long)blockIdx.x * d, mod = (long long)(blockIdx.x / tokens) * mod_stride;
     each_column_vector(d, [&](int i) {
         Vec8 e = load8(residual + row, i);
-        const Vec8 g = load8(gate + mod, i), u = load8(y + row, i);
+        const Vec8 g = load8_f32(gate + mod, i), u = load8(y + row, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             e.v[j] = fmaf(g.v[j], u.v[j], e.v[j]);
@@ -41,11 +42,11 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
 
 // dy = gate·dout.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
-    gate_backward(T* dy, const T* dout, const T* gate, int mod_stride, int tokens, int d) {
+    gate_backward(T* dy, const T* dout, const float* gate, int mod_stride, int tokens, int d) {
     const long long row = (long long)blockIdx.x * d, mod = (long long)(blockIdx.x / tokens) * mod_stride;
     each_column_vector(d, [&](int i) {
         Vec8 e = load8(dout + row, i);
-        const Vec8 g = load8(gate + mod, i);
+        const Vec8 g = load8_f32(gate + mod, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) e.v[j] *= g.v[j];
         store8(dy + row, i, e);
@@ -87,18 +88,24 @@ static __device__ __forceinline__ void each_flat(long long n, V vector, S scalar
     if (blockIdx.x == 0 && threadIdx.x < n % 8) scalar(n - n % 8 + threadIdx.x);
 }
 
-// x/(1 + e⁻ˣ). `out` may be `in`.
-extern "C" __global__ void __launch_bounds__(FLAT_THREADS) silu(T* out, const T* in, long long n) {
+// out = x/(1 + e⁻ˣ) in f32, and both rounded to T for the way back. `out` may be `in`.
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
+    silu(float* out, T* out_half, T* in_half, const float* in, long long n) {
     const auto f = [](float x) { return x / (1.0f + expf(-x)); };
     each_flat(
         n,
         [&](long long i) {
-            Vec8 e = load8(in, i);
+            Vec8 e = load8_f32(in, i);
+            store8(in_half, i, e);
 #pragma unroll
             for (int j = 0; j < 8; ++j) e.v[j] = f(e.v[j]);
-            store8(out, i, e);
+            store8(out_half, i, e);
+            store8_f32(out, i, e);
         },
-        [&](long long i) { out[i] = from_f32(f(to_f32(in[i]))); });
+        [&](long long i) {
+            const float x = in[i], y = f(x);
+            in_half[i] = from_f32(x), out_half[i] = from_f32(y), out[i] = y;
+        });
 }
 
 // dx = dy·silu′(x). `dx` may be `dy`.
@@ -119,20 +126,6 @@ extern "C" __global__ void __launch_bounds__(FLAT_THREADS) silu_backward(T* dx, 
         [&](long long i) { dx[i] = from_f32(f(to_f32(dy[i]), to_f32(x[i]))); });
 }
 
-// a += b.
-extern "C" __global__ void __launch_bounds__(FLAT_THREADS) add(T* a, const T* b, long long n) {
-    each_flat(
-        n,
-        [&](long long i) {
-            Vec8 e = load8(a, i);
-            const Vec8 u = load8(b, i);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) e.v[j] += u.v[j];
-            store8(a, i, e);
-        },
-        [&](long long i) { a[i] = from_f32(to_f32(a[i]) + to_f32(b[i])); });
-}
-
 extern "C" __global__ void __launch_bounds__(FLAT_THREADS) cast_to_half(T* out, const float* in, long long n) {
     each_flat(
         n, [&](long long i) { store8(out, i, load8_f32(in, i)); }, [&](long long i) { out[i] = from_f32(in[i]); });
@@ -144,13 +137,15 @@ extern "C" __global__ void __launch_bounds__(FLAT_THREADS) cast_to_f32(float* ou
 }
 
 // 128 cosines and then 128 sines of time·10⁴^(−i/128): [rows, 256]. Grid: rows, block: 128. The frequency is rounded as
-// mmdit's `sinusoids` rounds it; in f32 its last bit moves the angle of a time of 1000 by 1e-4.
-extern "C" __global__ void __launch_bounds__(128) sinusoids(T* out, const float* times) {
+// mmdit's `sinusoids` rounds it; in f32 its last bit moves the angle of a time of 1000 by 1e-4. Written in f32 and in T.
+extern "C" __global__ void __launch_bounds__(128) sinusoids(float* out, T* out_half, const float* times) {
     const int i = threadIdx.x;
     const float exponent = __fmul_rn(-9.2103403719761836f, (float)i) / 128.0f; // ln 10⁴
     const float angle = __fmul_rn(times[blockIdx.x], (float)exp((double)exponent));
-    out[blockIdx.x * 256 + i] = from_f32(cosf(angle));
-    out[blockIdx.x * 256 + 128 + i] = from_f32(sinf(angle));
+    const int at = blockIdx.x * 256 + i;
+    const float c = cosf(angle), s = sinf(angle);
+    out[at] = c, out[at + 128] = s;
+    out_half[at] = from_f32(c), out_half[at + 128] = from_f32(s);
 }
 
 static __device__ __forceinline__ unsigned long long mix(unsigned long long z) {

@@ -7,7 +7,7 @@
 //
 //     dx = (g − mean(g) − n·mean(g·n))/σ
 //
-// Modulation vectors are rows of `mod_stride` elements, one row per sample of `tokens` tokens; they need no gradient.
+// Modulation vectors are f32, rows of `mod_stride` elements, one row per sample of `tokens` tokens; they need no gradient.
 
 #include "common.cuh"
 
@@ -57,11 +57,11 @@ static __device__ __forceinline__ float2 row_stats(const uint4 (&cache)[CACHED],
     return make_float2(mean, 1.0f / sqrtf(variance + eps));
 }
 
-static __device__ __forceinline__ void modulate(T* out, const uint4 (&cache)[CACHED], const T* row, const T* shift,
-                                                const T* scale, float2 stats, int vectors) {
+static __device__ __forceinline__ void modulate(T* out, const uint4 (&cache)[CACHED], const T* row,
+                                                const float* shift, const float* scale, float2 stats, int vectors) {
     each_vector(cache, row, vectors, [&](int i, uint4 bits) {
         Vec8 e = unpack8(bits);
-        const Vec8 s = load8(scale, i), t = load8(shift, i);
+        const Vec8 s = load8_f32(scale, i), t = load8_f32(shift, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) e.v[j] = fmaf((e.v[j] - stats.x) * stats.y, 1.0f + s.v[j], t.v[j]);
         store8(out, i, e);
@@ -70,8 +70,8 @@ static __device__ __forceinline__ void modulate(T* out, const uint4 (&cache)[CAC
 
 // Grid: rows. `stats` may be null.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    ln_modulate(T* out, float2* stats, const T* x, const T* shift, const T* scale, int mod_stride, int rows, int tokens,
-                int d, float eps) {
+    ln_modulate(T* out, float2* stats, const T* x, const float* shift, const float* scale, int mod_stride, int rows,
+                int tokens, int d, float eps) {
     __shared__ float scratch[2 * NORM_THREADS / WARP];
     const long long row = blockIdx.x, sample = blockIdx.x / tokens;
     uint4 cache[CACHED];
@@ -84,8 +84,8 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 // Grid: rows. Writes x' = residual + gate·y (clipped to what f16 holds if `clip`), then its modulated norm. The norm
 // sees x' as stored, so that this equals gate_residual followed by ln_modulate.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    gate_residual_ln_modulate(T* x_out, T* out, float2* stats, const T* residual, const T* gate, const T* y,
-                              const T* shift, const T* scale, int mod_stride, int rows, int tokens, int d, float eps,
+    gate_residual_ln_modulate(T* x_out, T* out, float2* stats, const T* residual, const float* gate, const T* y,
+                              const float* shift, const float* scale, int mod_stride, int rows, int tokens, int d, float eps,
                               int clip) {
     __shared__ float scratch[2 * NORM_THREADS / WARP];
     const long long row = blockIdx.x, sample = blockIdx.x / tokens;
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     T* x_row = x_out + row * d;
     const auto updated = [&](int i) {
         Vec8 e = load8(residual + row * d, i);
-        const Vec8 g = load8(gate + sample * mod_stride, i), u = load8(y + row * d, i);
+        const Vec8 g = load8_f32(gate + sample * mod_stride, i), u = load8(y + row * d, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             e.v[j] = fmaf(g.v[j], u.v[j], e.v[j]);
@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 
 // Grid: rows. dx (+)= the gradient of ln_modulate. `stats` may be null.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    ln_modulate_backward(T* dx, const T* dy, const T* x, const float2* stats, const T* scale, int mod_stride, int rows,
-                         int tokens, int d, float eps, int accumulate) {
+    ln_modulate_backward(T* dx, const T* dy, const T* x, const float2* stats, const float* scale, int mod_stride,
+                         int rows, int tokens, int d, float eps, int accumulate) {
     __shared__ float scratch[4 * NORM_THREADS / WARP];
     const long long row = blockIdx.x, sample = blockIdx.x / tokens;
     const int vectors = d / 8;
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 
     float sum = 0.0f, product = 0.0f;
     const auto add = [&](int i, uint4 x_bits, uint4 dy_bits) {
-        const Vec8 e = unpack8(x_bits), g = unpack8(dy_bits), c = load8(scale, i);
+        const Vec8 e = unpack8(x_bits), g = unpack8(dy_bits), c = load8_f32(scale, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const float dn = g.v[j] * (1.0f + c.v[j]);
@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     const float mean_product = block_sum<NORM_THREADS>(product, scratch + 3 * NORM_THREADS / WARP) / (float)d;
 
     const auto write = [&](int i, uint4 x_bits, uint4 dy_bits) {
-        const Vec8 e = unpack8(x_bits), g = unpack8(dy_bits), c = load8(scale, i);
+        const Vec8 e = unpack8(x_bits), g = unpack8(dy_bits), c = load8_f32(scale, i);
         Vec8 out;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {

@@ -8,8 +8,9 @@
 
 // out = (x − μ)/σ·(1 + scale) + shift, and (μ, 1/σ) to stats. One warp per row of up to 256·V channels.
 template <int V>
-static __device__ __forceinline__ void norm_row(T* out, float2* stats, const T* x, const T* shift, const T* scale,
-                                                int mod_stride, int rows, int tokens, int d, float eps) {
+static __device__ __forceinline__ void norm_row(T* out, float2* stats, const T* x, const float* shift,
+                                                const float* scale, int mod_stride, int rows, int tokens, int d,
+                                                float eps) {
     const int lane = threadIdx.x % WARP, vectors = d / 8;
     const int row = blockIdx.x * ROWS_WARPS + threadIdx.x / WARP;
     if (row >= rows) return;
@@ -40,7 +41,7 @@ static __device__ __forceinline__ void norm_row(T* out, float2* stats, const T* 
     for (int k = 0; k < V; ++k) {
         const int i = lane + k * WARP;
         if (i >= vectors) continue;
-        const Vec8 s = load8(scale + mod, i), t = load8(shift + mod, i);
+        const Vec8 s = load8_f32(scale + mod, i), t = load8_f32(shift + mod, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) e[k].v[j] = fmaf(e[k].v[j] * inverse, 1.0f + s.v[j], t.v[j]);
         store8(out + at, i, e[k]);
@@ -49,8 +50,8 @@ static __device__ __forceinline__ void norm_row(T* out, float2* stats, const T* 
 
 #define NORM_ROWS(V)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                         \
-        norm_rows_##V(T* out, float2* stats, const T* x, const T* shift, const T* scale, int mod_stride, int rows,     \
-                      int tokens, int d, float eps) {                                                                  \
+        norm_rows_##V(T* out, float2* stats, const T* x, const float* shift, const float* scale, int mod_stride,       \
+                      int rows, int tokens, int d, float eps) {                                                        \
         norm_row<V>(out, stats, x, shift, scale, mod_stride, rows, tokens, d, eps);                                    \
     }
 NORM_ROWS(1)
@@ -59,13 +60,13 @@ NORM_ROWS(4)
 
 // out = residual + gate·y, clipped to what f16 holds if `clip`. One thread for eight channels.
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS)
-    gate_rows(T* out, const T* residual, const T* gate, int mod_stride, const T* y, int rows, int tokens, int d,
+    gate_rows(T* out, const T* residual, const float* gate, int mod_stride, const T* y, int rows, int tokens, int d,
               int clip) {
     const int i = blockIdx.x * ROWS_THREADS + threadIdx.x, vectors = d / 8;
     if (i >= rows * vectors) return;
     const int row = i / vectors;
     Vec8 e = load8(residual, i);
-    const Vec8 g = load8(gate + (long long)(row / tokens) * mod_stride, i - row * vectors), u = load8(y, i);
+    const Vec8 g = load8_f32(gate + (long long)(row / tokens) * mod_stride, i - row * vectors), u = load8(y, i);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         e.v[j] = fmaf(g.v[j], u.v[j], e.v[j]);

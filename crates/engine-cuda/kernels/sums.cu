@@ -69,11 +69,11 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 
 // dy = gate·dout, and of every sample Σ dout·y and Σ dout: the gate's gradient, and what a bias behind it is made of.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-    gate_backward_sums(float* partials, T* dy, const T* dout, const T* y, const T* gate, int mod_stride, int rows,
+    gate_backward_sums(float* partials, T* dy, const T* dout, const T* y, const float* gate, int mod_stride, int rows,
                        int columns, int splits) {
     const int column = blockIdx.y * WARP + threadIdx.x % WARP;
     Vec8 g;
-    if (column * 8 < columns) g = load8(gate + (long long)(blockIdx.x / splits) * mod_stride, column);
+    if (column * 8 < columns) g = load8_f32(gate + (long long)(blockIdx.x / splits) * mod_stride, column);
     partial_sums<2>(partials, rows, columns, splits, [&](long long row, int vector, Vec8* sums) {
         const Vec8 e = load8(dout + row * columns, vector), u = load8(y + row * columns, vector);
         Vec8 out;
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 // vectors a lane, so for d up to 256·V. Grid: segments·splits.
 template <int V, int WARPS>
 static __device__ __forceinline__ void norm_backward(float* partials, T* dx, const T* dy, const T* x,
-                                                     const float2* stats, const T* scale, int mod_stride, int rows,
+                                                     const float2* stats, const float* scale, int mod_stride, int rows,
                                                      int d, int splits, int accumulate) {
     __shared__ __align__(16) float scratch[WARPS][2][V * CHUNK];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, vectors = d / 8;
@@ -118,7 +118,7 @@ static __device__ __forceinline__ void norm_backward(float* partials, T* dx, con
 #pragma unroll
     for (int k = 0; k < V; ++k) {
         const int i = lane + k * WARP;
-        if (i < vectors) factor[k] = load8(scale + (long long)segment * mod_stride, i);
+        if (i < vectors) factor[k] = load8_f32(scale + (long long)segment * mod_stride, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             factor[k].v[j] = i < vectors ? 1.0f + factor[k].v[j] : 0.0f;
@@ -180,7 +180,7 @@ static __device__ __forceinline__ void norm_backward(float* partials, T* dx, con
 
 #define NORM_BACKWARD(V, WARPS)                                                                                        \
     extern "C" __global__ void __launch_bounds__(WARPS* WARP) norm_backward_sums_##V(                                  \
-        float* partials, T* dx, const T* dy, const T* x, const float2* stats, const T* scale, int mod_stride,          \
+        float* partials, T* dx, const T* dy, const T* x, const float2* stats, const float* scale, int mod_stride,      \
         int accumulate, int rows, int d, int splits) {                                                                 \
         norm_backward<V, WARPS>(partials, dx, dy, x, stats, scale, mod_stride, rows, d, splits, accumulate);           \
     }
@@ -231,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(WARP* FINISH_ROWS)
 
 // Σ over samples of gate·Σ dout, from the second outputs of gate_backward_sums. Block: 32 columns × FINISH_ROWS.
 extern "C" __global__ void __launch_bounds__(WARP* FINISH_ROWS)
-    finish_gated(float* out, const float* partials, const T* gate, int mod_stride, int segments, int splits,
+    finish_gated(float* out, const float* partials, const float* gate, int mod_stride, int segments, int splits,
                  int columns) {
     __shared__ float scratch[FINISH_ROWS][WARP + 1];
     const int lane = threadIdx.x % WARP, part = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARP* FINISH_ROWS)
             float inner = 0.0f;
             for (int split = 0; split < splits; ++split)
                 inner += partials[(((long long)segment * splits + split) * 2 + 1) * columns + column];
-            sum = fmaf(to_f32(gate[(long long)segment * mod_stride + column]), inner, sum);
+            sum = fmaf(gate[(long long)segment * mod_stride + column], inner, sum);
         }
     }
     scratch[part][lane] = sum;

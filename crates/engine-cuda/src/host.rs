@@ -191,8 +191,8 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
         "ln_modulate" | "norm_rows_1" | "gate_residual_ln_modulate" => {
             let gated = (kernel == "gate_residual_ln_modulate").then(|| r.t());
             let (out, kept, x) = (r.t(), r.floats(), r.t());
-            let update = gated.map(|sum| (sum, r.t(), r.t()));
-            let (shift, scale) = (r.t(), r.t());
+            let update = gated.map(|sum| (sum, r.floats(), r.t()));
+            let (shift, scale) = (r.floats(), r.floats());
             let (stride, rows, tokens, d, eps) = (r.int(), r.int(), r.int(), r.int(), r.f32());
             let x = match update {
                 None => x,
@@ -218,7 +218,7 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
             }
         }
         "ln_modulate_backward" => {
-            let (dx, dy, x, _, scale) = (r.t(), r.t(), r.t(), r.word(), r.t());
+            let (dx, dy, x, _, scale) = (r.t(), r.t(), r.t(), r.word(), r.floats());
             let (stride, _, tokens, d, eps) = (r.int(), r.int(), r.int(), r.int(), r.f32());
             let accumulate = r.int() != 0;
             for row in 0..rows {
@@ -238,7 +238,7 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
             }
         }
         "gate_residual" | "gate_rows" => {
-            let (out, residual, gate) = (r.t(), r.t(), r.t());
+            let (out, residual, gate) = (r.t(), r.t(), r.floats());
             let stride = r.int();
             let y = r.t();
             let rows = if kernel == "gate_rows" { r.int() } else { rows };
@@ -249,7 +249,7 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
             }
         }
         "gate_backward" => {
-            let (dy, dout, gate, stride) = (r.t(), r.t(), r.t(), r.int());
+            let (dy, dout, gate, stride) = (r.t(), r.t(), r.floats(), r.int());
             let (tokens, d) = (r.int(), r.int());
             for i in 0..rows * d {
                 dy.set(i, gate.get(i / d / tokens * stride + i % d) * dout.get(i));
@@ -275,8 +275,14 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
             }
         }
         "silu" => {
-            let (out, x, n) = (r.t(), r.t(), r.int());
-            (0..n).for_each(|i| out.set(i, x.get(i) / (1.0 + (-x.get(i)).exp())));
+            let (out, out_half, x_half, x) = (r.floats(), r.t(), r.t(), r.floats());
+            for i in 0..r.int() {
+                let value = x.get(i);
+                let active = value / (1.0 + (-value).exp());
+                x_half.set(i, value);
+                out_half.set(i, active);
+                out.set(i, active);
+            }
         }
         "silu_backward" => {
             let (dx, dy, x, n) = (r.t(), r.t(), r.t(), r.int());
@@ -308,7 +314,7 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
         "gelu_backward_sums" => gelu_backward_sums(&mut r, rows),
         "norm_backward_sums_1" => norm_backward_sums(&mut r, rows),
         "finish_gated" => {
-            let (out, partials, gate, stride) = (r.floats(), r.floats(), r.t(), r.int());
+            let (out, partials, gate, stride) = (r.floats(), r.floats(), r.floats(), r.int());
             let (segments, splits, columns) = (r.int(), r.int(), r.int());
             for column in 0..columns {
                 let part = |i: usize| {
@@ -346,10 +352,6 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
             flag.set(0, f32::from_bits(u32::from(!finite)));
         }
         "adamw_average" => adamw_average(&mut r),
-        "add" => {
-            let (a, b, n) = (r.t(), r.t(), r.int());
-            (0..n).for_each(|i| a.set(i, a.get(i) + b.get(i)));
-        }
         "cast_to_half" => {
             let (out, x, n) = (r.t(), r.floats(), r.int());
             (0..n).for_each(|i| out.set(i, x.get(i)));
@@ -359,13 +361,24 @@ pub(crate) fn launch(defines: &[&str], kernel: &str, launch: Launch, args: &Args
             (0..n).for_each(|i| out.set(i, x.get(i)));
         }
         "sinusoids" => {
-            let (out, times) = (r.t(), r.floats());
+            let (out, out_half, times) = (r.floats(), r.t(), r.floats());
             for row in 0..rows {
                 let waves = mmdit::embed::sinusoids(&[times.get(row)]);
-                waves
-                    .iter()
-                    .enumerate()
-                    .for_each(|(i, w)| out.set(row * 256 + i, *w));
+                for (i, wave) in waves.into_iter().enumerate() {
+                    out.set(row * 256 + i, wave);
+                    out_half.set(row * 256 + i, wave);
+                }
+            }
+        }
+        kernel if kernel.starts_with("product_rows_half") || kernel == "product_rows_any" => {
+            let (out, x, bias) = (r.floats(), r.floats(), r.t());
+            let [rows, n, k, stride] = [r.int(), r.int(), r.int(), r.int()];
+            let (accumulate, w) = (r.int() != 0, r.t());
+            for (row, column) in (0..rows).flat_map(|row| (0..n).map(move |column| (row, column))) {
+                let terms = (0..k).map(|i| x.get(row * k + i) * w.get(column * k + i));
+                let place = row * stride + column;
+                let before = if accumulate { out.get(place) } else { 0.0 };
+                out.set(place, before + terms.sum::<f32>() + bias.get(column));
             }
         }
         "noise_mix" => {

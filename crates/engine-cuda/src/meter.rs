@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn files_of_kernels_tell_the_kind_of_work() {
-        let kinds = ["product_nf4", "attention_sm90", "nf4", "norm"].map(Work::of_module);
+        let kinds = ["product_rows", "attention_sm90", "nf4", "norm"].map(Work::of_module);
         assert_eq!(kinds, Work::ALL);
     }
 }

@@ -297,9 +297,9 @@ pub struct CudaTraining {
     template: LoraOptimizer,
     scaler: LossScaler,
     num_steps: u64,
-    plan: TrainingPlan,
+    pub(crate) plan: TrainingPlan,
     /// Ours after the first step.
-    measured_bytes: Option<usize>,
+    pub(crate) measured_bytes: Option<usize>,
 }
 
 impl CudaTraining {

@@ -197,11 +197,23 @@ fn on_no_card(accumulation: usize) -> cuda::CudaTraining {
 #[test]
 fn cuda_takes_as_much_memory_as_its_plan_says() {
     let mut engine = on_no_card(2);
-    let step = engine.step(&[batch(1), batch(2)], 1.0, 1e-3);
+    let [mut both, second] = [batch(1), batch(2)];
+    both.shape[0] *= 2;
+    both.model_input.extend(second.model_input);
+    both.noise.extend(second.noise);
+    both.points.extend(second.points);
+    both.prompt_embeds.extend(second.prompt_embeds);
+    both.pooled.extend(second.pooled);
+    let step = engine.step(&[both], 1.0, 1e-3);
     step.expect("nothing fails");
     let notes = engine.notes().join("\n");
     assert!(notes.contains("2 micro-batch(es) at once"), "{notes}");
-    assert!(notes.contains("0.0 %)"), "{notes}");
+    let bytes = engine.measured_bytes.expect("a step was taken");
+    let predicted = engine.plan.total_bytes();
+    assert!(
+        bytes.abs_diff(predicted) < 1 << 10,
+        "{bytes} of {predicted}: {notes}"
+    );
 }
 
 #[test]

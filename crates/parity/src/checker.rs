@@ -140,7 +140,7 @@ impl<'a> CaseRun<'a> {
         let accuracy = match half_of(execution.precision) {
             Some(t) => {
                 let path = set.model().join("transformer").join("config.json");
-                Some(Accuracy::of(t, &MmditConfig::from_file(&path)?))
+                Some(tolerances::accuracy(t, &MmditConfig::from_file(&path)?))
             }
             None => None,
         };

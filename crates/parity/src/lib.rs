@@ -117,8 +117,8 @@ pub fn check(set: &FixtureSet, engine: EngineName, each: impl FnMut(&CaseResult)
     check_all(set, cases, each)
 }
 
-/// Runs the cases of the transformer at work, each in bf16 and in fp16, under the bounds of
-/// [`engine_cuda::model::Accuracy`].
+/// Runs the cases of the transformer at work, each in bf16 and in fp16, under bounds of 16 bits
+/// ([`tolerances::accuracy`]).
 pub fn check_in_half(
     set: &FixtureSet,
     engine: EngineName,

@@ -7,6 +7,7 @@
 
 use engine_cuda::Half;
 use engine_cuda::model::Accuracy;
+use mmdit::MmditConfig;
 use tensor::Precision;
 
 use crate::compare::Measure;
@@ -332,8 +333,21 @@ pub fn half_of(precision: Precision) -> Option<Half> {
     }
 }
 
+/// What a network in 16 bits may be off by: what `engine-cuda`'s own tests hold it to, and half as much again in bf16 below
+/// 1024 channels, where Burn is seen at 1.4e-2 (it rounds the rows that condition a network, which `engine-cuda` does not).
+pub fn accuracy(t: Half, config: &MmditConfig) -> Accuracy {
+    match t {
+        Half::Bf16 if config.width() < 1024 => Accuracy {
+            velocity: 1.5e-2,
+            gradients: 3e-2,
+            gradient: 8e-2,
+        },
+        _ => Accuracy::of(t, config),
+    }
+}
+
 /// What a tensor that comes from the transformer is held to where that computes in 16 bits; nothing for all others, for
-/// which the table holds as ever. The bounds are those of `engine-cuda`'s own tests.
+/// which the table holds as ever.
 pub fn in_half(accuracy: Accuracy, case: &str, tensor: &str) -> Option<Measure> {
     let Accuracy {
         velocity,

@@ -44,7 +44,7 @@ fn part(block: usize, rows: usize, splits: usize) -> std::ops::Range<usize> {
 
 pub(super) fn gate_backward_sums(r: &mut Reader<'_>, blocks: usize) {
     let (partials, dy, dout, y) = (r.floats(), r.t(), r.t(), r.t());
-    let (gate, stride) = (r.t(), r.int());
+    let (gate, stride) = (r.floats(), r.int());
     let (rows, columns, splits) = (r.int(), r.int(), r.int());
     for (block, column) in (0..blocks).flat_map(|b| (0..columns).map(move |c| (b, c))) {
         let mut totals = [0.0; 2];
@@ -79,7 +79,7 @@ pub(super) fn gelu_backward_sums(r: &mut Reader<'_>, blocks: usize) {
 
 pub(super) fn norm_backward_sums(r: &mut Reader<'_>, blocks: usize) {
     let (partials, dx, dy, x) = (r.floats(), r.t(), r.t(), r.t());
-    let (stats, scale, stride) = (r.floats(), r.t(), r.int());
+    let (stats, scale, stride) = (r.floats(), r.floats(), r.int());
     let (accumulate, rows, d, splits) = (r.int() != 0, r.int(), r.int(), r.int());
     for block in 0..blocks {
         let mut totals = vec![0.0; 2 * d];

@@ -56,7 +56,8 @@ impl Network {
         .flatten()
     }
 
-    /// As [`Network::modulate`], to the same bits.
+    /// Modulation vectors of all blocks, f32 `[rows, width]`: what all tokens of a sample share stays in f32 from the
+    /// noise level on. What goes back needs is kept in T.
     ///
     /// # Panics
     ///
@@ -69,10 +70,11 @@ impl Network {
         rows: usize,
     ) -> Result<KeptConditions, CudaError> {
         let (s, t, d) = (cx.stream, cx.t, self.sizes.d);
-        let (sum, active) = (cx.half(rows * d), cx.half(rows * d));
-        let waves = |numbers: View| -> Result<View, CudaError> {
-            let waves = cx.half(rows * NUM_SINUSOID_CHANNELS);
-            elementwise::sinusoids(s, t, waves, numbers, rows)?;
+        let (wide, sum, active) = (cx.f32(rows * d), cx.half(rows * d), cx.half(rows * d));
+        let waves = |numbers: View| -> Result<[View; 2], CudaError> {
+            let n = rows * NUM_SINUSOID_CHANNELS;
+            let waves = [cx.f32(n), cx.half(n)];
+            elementwise::sinusoids(s, t, waves[0], waves[1], numbers, rows)?;
             Ok(waves)
         };
         let mut inputs = vec![waves(conditions.times)?];
@@ -82,30 +84,36 @@ impl Network {
                 .expect("this transformer needs a guidance scale");
             inputs.push(waves(guidance)?);
         }
-        inputs.push(conditions.pooled);
+        let num_pooled = rows * self.pooled.linear_1.in_features;
+        let pooled = cx.half(num_pooled);
+        elementwise::to_half(s, t, pooled, conditions.pooled, num_pooled)?;
+        inputs.push([conditions.pooled, pooled]);
         let mut embedders = Vec::new();
         for (i, (embedder, input)) in self.embedders().zip(inputs).enumerate() {
             let kept = KeptEmbedder {
-                input,
+                input: input[1],
                 hidden: cx.half(rows * d),
                 active: cx.half(rows * d),
                 inner: [&embedder.linear_1, &embedder.linear_2].map(|linear| linear.keep(cx, rows)),
             };
             let (first, second) = (&embedder.linear_1, &embedder.linear_2);
-            first.forward(cx, kept.hidden, d, input, rows, kept.inner[0])?;
-            elementwise::silu(s, t, kept.active, kept.hidden, rows * d)?;
-            if i == 0 {
-                second.forward(cx, sum, d, kept.active, rows, kept.inner[1])?;
-            } else {
-                // `active` is not needed before the sum stands.
-                second.forward(cx, active, d, kept.active, rows, kept.inner[1])?;
-                elementwise::add(s, t, sum, active, rows * d)?;
-            }
+            let hidden = cx.f32(rows * d);
+            first.forward_wide(cx, (hidden, d), input, rows, kept.inner[0], false)?;
+            let halves = [kept.active, kept.hidden];
+            elementwise::silu(s, t, hidden, halves, hidden, rows * d)?;
+            let hidden = [hidden, kept.active];
+            second.forward_wide(cx, (wide, d), hidden, rows, kept.inner[1], i > 0)?;
             embedders.push(kept);
         }
-        elementwise::silu(s, t, active, sum, rows * d)?;
-        let inner = self.modulation_inner(cx, rows);
-        self.modulations_of(cx, out, active, rows, &inner)?;
+        elementwise::silu(s, t, wide, [active, sum], wide, rows * d)?;
+        let mut inner = Vec::new();
+        let stride = self.sizes.modulation_width();
+        for (linear, offset) in self.modulation_layers() {
+            let kept = linear.keep(cx, rows);
+            let to = (out.skip(4 * offset), stride);
+            linear.forward_wide(cx, to, [wide, active], rows, kept, false)?;
+            inner.push(kept);
+        }
         Ok(KeptConditions {
             embedders,
             sum,

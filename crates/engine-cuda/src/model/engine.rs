@@ -378,10 +378,13 @@ impl Engine {
             cx.stream.upload(view, &values)?;
             Ok(view)
         };
+        let wide = cx.f32(rows * self.sizes.config.pooled_projection_dim);
+        assert_eq!(4 * pooled.len(), wide.bytes(), "bytes of pooled captions");
+        cx.stream.upload(wide, pooled)?;
         Ok(Conditions {
             times: thousandfold(times)?,
             guidance: guidance.map(thousandfold).transpose()?,
-            pooled: self.half_tokens(cx, pooled, rows * self.sizes.config.pooled_projection_dim)?,
+            pooled: wide,
         })
     }
 
@@ -410,7 +413,7 @@ impl Engine {
         rows: usize,
     ) -> Result<Modulations, CudaError> {
         let stride = self.sizes.modulation_width();
-        let view = cx.half(rows * stride);
+        let view = cx.f32(rows * stride);
         self.network.modulate(cx, view, conditions, rows)?;
         Ok(Modulations {
             view,

@@ -12,6 +12,7 @@ use crate::error::CudaError;
 use crate::gemm::{Matrix, Output, Product};
 use crate::half_type::Half;
 use crate::ops::nf4::{self, Absmax};
+use crate::ops::product_rows::{self, RowsWeight};
 use crate::ops::{elementwise, sums};
 use crate::stream::Stream;
 use crate::view::View;
@@ -273,63 +274,7 @@ impl Linear {
         rows: usize,
         inner: Option<View>,
     ) -> Result<(), CudaError> {
-        self.forward_without_factors(cx, (y, y_stride), x, rows)?;
-        let Some(Factors {
-            rank,
-            first_row,
-            num_rows,
-            b,
-            ..
-        }) = self.factors
-        else {
-            return Ok(());
-        };
-        let inner = inner.expect("a layer with factors was given memory for x·Aᵀ");
-        self.forward_inner(cx, x, rows, Some(inner))?;
-        let add = Product {
-            m: rows,
-            n: num_rows,
-            k: rank,
-            a: Matrix::rows(inner, rank),
-            b: Matrix::transposed(b, rank),
-            c: y.elements_from(first_row),
-            c_stride: y_stride,
-            output: Output::Half,
-            alpha: 1.0,
-            beta: 1.0,
-            bias: None,
-        };
-        cx.stream.product(cx.t, &add)
-    }
-
-    /// `y = x Wᵀ + bias`.
-    fn forward_without_factors(
-        &self,
-        cx: &Cx<'_>,
-        (y, y_stride): (View, usize),
-        x: View,
-        rows: usize,
-    ) -> Result<(), CudaError> {
         let (n, k) = (self.out_features, self.in_features);
-        if let Weight::Nf4(stored) = &self.weight
-            && nf4::has_product(rows, k)
-        {
-            for (part, Nf4Part { packed, absmax, .. }) in self.parts.iter().zip(stored) {
-                let [y, bias] = [y, self.bias].map(|view| view.elements_from(part.row));
-                let sizes = [rows, part.rows, k];
-                nf4::product(
-                    cx.stream,
-                    cx.t,
-                    (y, y_stride),
-                    x,
-                    *packed,
-                    *absmax,
-                    bias,
-                    sizes,
-                )?;
-            }
-            return Ok(());
-        }
         let product = Product {
             m: rows,
             n,
@@ -343,7 +288,83 @@ impl Linear {
             beta: 0.0,
             bias: Some(self.bias),
         };
-        cx.stream.product(cx.t, &product)
+        cx.stream.product(cx.t, &product)?;
+        self.forward_factors(cx, (y, y_stride), Output::Half, x, rows, inner)
+    }
+
+    /// [`Linear::forward`] in f32, for the rows that condition a network: f32 `[rows, in]` → `[rows, out]`, added to `y`
+    /// with `accumulate`. Factors are given the input in T, `x_half`.
+    #[allow(clippy::too_many_arguments)] // a product's
+    pub fn forward_wide(
+        &self,
+        cx: &Cx<'_>,
+        (y, y_stride): (View, usize),
+        [x, x_half]: [View; 2],
+        rows: usize,
+        inner: Option<View>,
+        accumulate: bool,
+    ) -> Result<(), CudaError> {
+        let k = self.in_features;
+        let product = |weight: RowsWeight, first: usize, n: usize| {
+            let to = (y.skip(4 * first), y_stride);
+            let (s, t, bias) = (cx.stream, cx.t, self.bias.elements_from(first));
+            product_rows::product(s, t, to, x, weight, bias, [rows, n, k], accumulate)
+        };
+        match &self.weight {
+            Weight::Nf4(stored) if k.is_multiple_of(8) => {
+                for (part, &Nf4Part { packed, absmax, .. }) in self.parts.iter().zip(stored) {
+                    product(RowsWeight::Nf4 { packed, absmax }, part.row, part.rows)?;
+                }
+            }
+            _ => product(
+                RowsWeight::Half(self.half_weight(cx)?),
+                0,
+                self.out_features,
+            )?,
+        }
+        self.forward_factors(cx, (y, y_stride), Output::F32, x_half, rows, inner)
+    }
+
+    /// Adds `(x Aᵀ) Bᵀ` to `y`, which is of the type that stands beside it.
+    fn forward_factors(
+        &self,
+        cx: &Cx<'_>,
+        (y, y_stride): (View, usize),
+        output: Output,
+        x: View,
+        rows: usize,
+        inner: Option<View>,
+    ) -> Result<(), CudaError> {
+        let Some(Factors {
+            rank,
+            first_row,
+            num_rows,
+            b,
+            ..
+        }) = self.factors
+        else {
+            return Ok(());
+        };
+        let inner = inner.expect("a layer with factors was given memory for x·Aᵀ");
+        self.forward_inner(cx, x, rows, Some(inner))?;
+        let bytes_each = match output {
+            Output::Half => 2,
+            Output::F32 => 4,
+        };
+        let add = Product {
+            m: rows,
+            n: num_rows,
+            k: rank,
+            a: Matrix::rows(inner, rank),
+            b: Matrix::transposed(b, rank),
+            c: y.skip(bytes_each * first_row),
+            c_stride: y_stride,
+            output,
+            alpha: 1.0,
+            beta: 1.0,
+            bias: None,
+        };
+        cx.stream.product(cx.t, &add)
     }
 
     /// Only `x·Aᵀ`, which the backward pass wants; nothing without factors.

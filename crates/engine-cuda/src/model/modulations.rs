@@ -8,14 +8,14 @@ use crate::ops::modulated::{self, GateGradients, Modulated, NormGradients};
 use crate::ops::sums;
 use crate::view::View;
 
-/// Modulation vectors of all blocks: T `[b, stride]`.
+/// Modulation vectors of all blocks: f32 `[b, stride]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Modulations {
     /// All of them.
     pub view: View,
     /// Elements from one sample to the next.
     pub stride: usize,
-    /// Where their gradients go, as `view`, if they are wanted.
+    /// Where their gradients go, T `[b, stride]`, if they are wanted.
     pub gradient: Option<View>,
 }
 
@@ -26,7 +26,7 @@ pub type Samples = [usize; 3];
 
 impl Modulations {
     fn at(&self, offset: usize) -> View {
-        self.view.elements_from(offset)
+        self.view.skip(4 * offset)
     }
 
     fn of(&self, [b, tokens, d]: Samples) -> Modulated {
@@ -213,8 +213,10 @@ mod tests {
             let (n, stride) = (b * tokens * d, 2 * d);
             let (x, dy, vectors) = (numbers(1, n), numbers(2, n), numbers(3, b * stride));
             let gradient = cx.half(b * stride);
+            let view = cx.f32(vectors.len());
+            stream.upload(view, &vectors).expect("host");
             let modulations = Modulations {
-                view: put(&vectors),
+                view,
                 stride,
                 gradient: Some(gradient),
             };

@@ -4,18 +4,15 @@
 //! the arena's stack; the backward pass takes blocks from the top and gives their memory back one by one. Gradients of
 //! tokens lie below all that.
 
-use mmdit::config::NUM_SINUSOID_CHANNELS;
-
 use crate::arena::Mark;
 use crate::error::CudaError;
 use crate::model::double::KeptDouble;
 use crate::model::joint::Joint;
 use crate::model::linear::{Cx, Linear};
 use crate::model::modulations::Modulations;
-use crate::model::network::{EmbedderWeights, Network};
+use crate::model::network::Network;
 use crate::model::single::KeptSingle;
 use crate::model::sizes::STREAMS;
-use crate::ops::elementwise;
 use crate::view::View;
 
 /// What conditions a pass, one row per sample.
@@ -25,12 +22,16 @@ pub struct Conditions {
     pub times: View,
     /// Guidance scales times 1000, `f32 [rows]`, for models with a guidance embedding.
     pub guidance: Option<View>,
-    /// Pooled captions, T `[rows, pooled]`.
+    /// Pooled captions, `f32 [rows, pooled]`.
     pub pooled: View,
 }
 
 impl Network {
-    /// Modulation vectors of all blocks, T `[rows, width]`.
+    /// Modulation vectors of all blocks, f32 `[rows, width]`; nothing is kept for a way back.
+    ///
+    /// # Panics
+    ///
+    /// If there is a guidance embedder and no guidance scale.
     pub fn modulate(
         &self,
         cx: &Cx<'_>,
@@ -38,24 +39,8 @@ impl Network {
         conditions: &Conditions,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let d = self.sizes.d;
         let mark = cx.arena.mark();
-        let temb = cx.half(rows * d);
-        let part = cx.half(rows * d);
-        self.embed_number(cx, &self.timestep, temb, conditions.times, rows)?;
-        if let Some(embedder) = &self.guidance {
-            let guidance = conditions
-                .guidance
-                .expect("this transformer needs a guidance scale");
-            self.embed_number(cx, embedder, part, guidance, rows)?;
-            elementwise::add(cx.stream, cx.t, temb, part, rows * d)?;
-        }
-        self.embed(cx, &self.pooled, part, conditions.pooled, rows)?;
-        elementwise::add(cx.stream, cx.t, temb, part, rows * d)?;
-        elementwise::silu(cx.stream, cx.t, temb, temb, rows * d)?;
-
-        let inner = self.modulation_inner(cx, rows);
-        self.modulations_of(cx, out, temb, rows, &inner)?;
+        self.modulate_kept(cx, out, conditions, rows)?;
         cx.arena.release(mark);
         Ok(())
     }
@@ -76,64 +61,6 @@ impl Network {
             .chain(single)
             .chain([(&self.norm_out, sizes.out_modulation())])
             .collect()
-    }
-
-    /// Memory for `x·Aᵀ` of the modulations' layers.
-    pub(crate) fn modulation_inner(&self, cx: &Cx<'_>, rows: usize) -> Vec<Option<View>> {
-        let layers = self.modulation_layers().into_iter();
-        layers.map(|(linear, _)| linear.keep(cx, rows)).collect()
-    }
-
-    /// Modulation vectors of all blocks from what SiLU made of the conditions' sum, T `[rows, d]`.
-    pub(crate) fn modulations_of(
-        &self,
-        cx: &Cx<'_>,
-        out: View,
-        active: View,
-        rows: usize,
-        inner: &[Option<View>],
-    ) -> Result<(), CudaError> {
-        let stride = self.sizes.modulation_width();
-        for ((linear, offset), &inner) in self.modulation_layers().into_iter().zip(inner) {
-            linear.forward(cx, out.elements_from(offset), stride, active, rows, inner)?;
-        }
-        Ok(())
-    }
-
-    fn embed_number(
-        &self,
-        cx: &Cx<'_>,
-        embedder: &EmbedderWeights,
-        out: View,
-        numbers: View,
-        rows: usize,
-    ) -> Result<(), CudaError> {
-        let mark = cx.arena.mark();
-        let waves = cx.half(rows * NUM_SINUSOID_CHANNELS);
-        elementwise::sinusoids(cx.stream, cx.t, waves, numbers, rows)?;
-        self.embed(cx, embedder, out, waves, rows)?;
-        cx.arena.release(mark);
-        Ok(())
-    }
-
-    fn embed(
-        &self,
-        cx: &Cx<'_>,
-        embedder: &EmbedderWeights,
-        out: View,
-        x: View,
-        rows: usize,
-    ) -> Result<(), CudaError> {
-        let d = self.sizes.d;
-        let mark = cx.arena.mark();
-        let hidden = cx.half(rows * d);
-        let inner = embedder.linear_1.keep(cx, rows);
-        embedder.linear_1.forward(cx, hidden, d, x, rows, inner)?;
-        elementwise::silu(cx.stream, cx.t, hidden, hidden, rows * d)?;
-        let inner = embedder.linear_2.keep(cx, rows);
-        embedder.linear_2.forward(cx, out, d, hidden, rows, inner)?;
-        cx.arena.release(mark);
-        Ok(())
     }
 }
 

@@ -106,8 +106,8 @@ impl Engine {
             sample: arena.take(4 * count),
             model_input: arena.take(2 * copies * count),
             text: arena.take(2 * copies * shape.rows(0) * config.joint_attention_dim),
-            all_modulations: arena.take(2 * num_steps * rows * width),
-            modulations: arena.take(2 * rows * width),
+            all_modulations: arena.take(4 * num_steps * rows * width),
+            modulations: arena.take(4 * rows * width),
             coefficients: arena.take(8),
         };
         let counting = Arena::counting();

@@ -367,18 +367,14 @@ impl Engine {
         let config = &self.sizes.config;
         let per_sample = shape.image() * config.in_channels;
         let count = b * per_sample;
-        let half = |wide: View| -> Result<View, CudaError> {
-            let n = wide.bytes() / 4;
-            let view = cx.half(n);
-            elementwise::to_half(s, t, view, wide, n)?;
-            Ok(view)
-        };
         let conditions = Conditions {
             times: inputs.times,
             guidance: config.guidance_embeds.then_some(inputs.guidance),
-            pooled: half(inputs.pooled)?,
+            pooled: inputs.pooled,
         };
-        let text = half(inputs.text)?;
+        let num_text = inputs.text.bytes() / 4;
+        let text = cx.half(num_text);
+        elementwise::to_half(s, t, text, inputs.text, num_text)?;
         let (noisy, target) = (cx.half(count), cx.f32(count));
         let (latents, noise, sigmas) = (inputs.latents, inputs.noise, inputs.sigmas);
         loss::noise_mix(s, t, noisy, target, latents, noise, sigmas, b, per_sample)?;
@@ -420,7 +416,7 @@ impl Engine {
             return Ok((self.modulations(cx, conditions, rows)?, None));
         }
         let stride = self.sizes.modulation_width();
-        let (view, gradient) = (cx.half(rows * stride), cx.half(rows * stride));
+        let (view, gradient) = (cx.f32(rows * stride), cx.half(rows * stride));
         let kept = self.network.modulate_kept(cx, view, conditions, rows)?;
         let modulations = Modulations {
             view,

@@ -144,7 +144,7 @@ pub fn gelu_tanh_backward(
     unsafe { launch_rows(s, t, "gelu_tanh_backward", rows, cols, args) }
 }
 
-/// `out = x/(1 + e⁻ˣ)`, `n` elements of T. `out` may be `x`.
+/// `out = x/(1 + e⁻ˣ)`, `n` elements of f32; and `[out, x]` rounded to T in `halves`, for the way back. `out` may be `x`.
 ///
 /// # Errors
 ///
@@ -153,10 +153,19 @@ pub fn gelu_tanh_backward(
 /// # Panics
 ///
 /// If a view is too short or not aligned to 16 bytes.
-pub fn silu(s: &Stream, t: Half, out: View, x: View, n: usize) -> Result<(), CudaError> {
+pub fn silu(
+    s: &Stream,
+    t: Half,
+    out: View,
+    halves: [View; 2],
+    x: View,
+    n: usize,
+) -> Result<(), CudaError> {
     let args = Args::new()
-        .ptr(vectors(out, n, 2, "SiLU"))
-        .ptr(vectors(x, n, 2, "its input"))
+        .ptr(vectors(out, n, 4, "SiLU"))
+        .ptr(vectors(halves[0], n, 2, "SiLU in 16 bits"))
+        .ptr(vectors(halves[1], n, 2, "its input in 16 bits"))
+        .ptr(vectors(x, n, 4, "its input"))
         .i64(n as i64);
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { launch_flat(s, t, "silu", n, args) }
@@ -186,24 +195,6 @@ pub fn silu_backward(
         .i64(n as i64);
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { launch_flat(s, t, "silu_backward", n, args) }
-}
-
-/// `a += b`, `n` elements of T.
-///
-/// # Errors
-///
-/// If the launch fails.
-///
-/// # Panics
-///
-/// As [`silu`].
-pub fn add(s: &Stream, t: Half, a: View, b: View, n: usize) -> Result<(), CudaError> {
-    let args = Args::new()
-        .ptr(vectors(a, n, 2, "a sum"))
-        .ptr(vectors(b, n, 2, "a summand"))
-        .i64(n as i64);
-    // SAFETY: the kernel's arguments; every view was compared with the sizes.
-    unsafe { launch_flat(s, t, "add", n, args) }
 }
 
 /// `n` elements of f32 rounded to T.
@@ -242,7 +233,8 @@ pub fn to_f32(s: &Stream, t: Half, out_f32: View, x: View, n: usize) -> Result<(
     unsafe { launch_flat(s, t, "cast_to_f32", n, args) }
 }
 
-/// Sinusoids of `b` times (f32, 0 to 1000): T `[b, 256]`, 128 cosines and then 128 sines, as `mmdit::embed` has them.
+/// Sinusoids of `b` times (f32, 0 to 1000): f32 `[b, 256]`, 128 cosines and then 128 sines, as `mmdit::embed` has them; and
+/// the same in T.
 ///
 /// # Errors
 ///
@@ -255,6 +247,7 @@ pub fn sinusoids(
     s: &Stream,
     t: Half,
     out: View,
+    out_half: View,
     times_f32: View,
     b: usize,
 ) -> Result<(), CudaError> {
@@ -262,7 +255,13 @@ pub fn sinusoids(
         return Ok(());
     }
     let args = Args::new()
-        .ptr(elements(out, b * NUM_SINUSOIDS, 2, "sinusoids"))
+        .ptr(elements(out, b * NUM_SINUSOIDS, 4, "sinusoids"))
+        .ptr(elements(
+            out_half,
+            b * NUM_SINUSOIDS,
+            2,
+            "sinusoids in 16 bits",
+        ))
         .ptr(elements(times_f32, b, 4, "times"));
     let launch = Launch {
         grid: [blocks(b), 1, 1],

@@ -11,5 +11,6 @@ pub mod loss;
 pub mod modulated;
 pub mod nf4;
 pub mod optimizer;
+pub mod product_rows;
 pub mod rope;
 pub mod sums;

@@ -42,7 +42,7 @@ pub(super) fn vectors_of_a_lane(d: usize) -> usize {
     d.div_ceil(256).next_power_of_two()
 }
 
-/// Activations T `[b, tokens, d]`, and where the vectors that modulate them lie: `d` elements of T per sample.
+/// Activations T `[b, tokens, d]`, and where the vectors that modulate them lie: `d` f32 per sample. Their gradients are T.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Modulated {
     /// Samples.
@@ -93,7 +93,7 @@ impl Modulated {
 
     pub(super) fn vector(&self, view: View, what: &str) -> View {
         multiples_of_8(&[self.stride, self.d], "stride of modulations and width");
-        vectors(view, strided(self.b, self.stride, self.d), 2, what)
+        vectors(view, strided(self.b, self.stride, self.d), 4, what)
     }
 
     pub(super) fn stats(&self, view: View) -> View {

@@ -1,5 +1,4 @@
-//! NF4 on the device, bit for bit as [`quant::Nf4`]. Kernels: `nf4.cu`, and `product_nf4.cu` for a few rows times weights
-//! that are dequantised on the way.
+//! NF4 on the device, bit for bit as [`quant::Nf4`]. Kernels: `nf4.cu`.
 //!
 //! A tensor of `n` weights is `n/2` bytes of codes and one f32 scale per 64 weights; doubly quantised scales are one
 //! code each, an f32 scale per 256 of them and one f32 offset.
@@ -7,8 +6,8 @@
 use crate::error::CudaError;
 use crate::half_type::Half;
 use crate::kernels::{Args, Launch, Module};
-use crate::ops::extent::{blocks, elements, strided, vectors};
-use crate::stream::{Stream, Work};
+use crate::ops::extent::{blocks, elements, vectors};
+use crate::stream::Stream;
 use crate::view::View;
 
 static NF4: Module = Module {
@@ -16,19 +15,8 @@ static NF4: Module = Module {
     source: include_str!("../../kernels/nf4.cu"),
 };
 
-static PRODUCT_NF4: Module = Module {
-    name: "product_nf4",
-    source: include_str!("../../kernels/product_nf4.cu"),
-};
-
-/// `NF4_THREADS` and `PRODUCT_THREADS` of the kernels.
+/// `NF4_THREADS` of the kernels.
 const THREADS: usize = 256;
-
-/// Outputs of a block of threads that multiplies: two to a warp.
-const OUTPUTS_OF_BLOCK: usize = 2 * THREADS / 32;
-
-/// The most rows that [`product`] takes.
-pub const MAX_PRODUCT_ROWS: usize = 4;
 
 /// Weights that a block of threads quantises, eight a thread, and dequantises, four times eight.
 const QUANTISED_BY_BLOCK: usize = 8 * THREADS;
@@ -64,7 +52,7 @@ pub enum Absmax {
 
 impl Absmax {
     /// The arguments of a kernel that reads the scales of `n` weights.
-    fn add_to(self, args: Args, n: usize) -> Args {
+    pub(super) fn add_to(self, args: Args, n: usize) -> Args {
         let num_blocks = n.div_ceil(quant::nf4::BLOCK_LEN);
         match self {
             Self::Plain { absmax } => args.ptr(elements(absmax, num_blocks, 4, "NF4 scales")),
@@ -233,57 +221,6 @@ pub fn dequantise(
     let launch = launch_of(n, DEQUANTISED_BY_BLOCK);
     // SAFETY: the kernel's arguments; every view was compared with the sizes.
     unsafe { s.launch(&NF4, &[t.define()], kernel, launch, args) }
-}
-
-/// Whether [`product`] does it: a few rows, and weights in whole vectors.
-pub fn has_product(rows: usize, k: usize) -> bool {
-    (1..=MAX_PRODUCT_ROWS).contains(&rows) && k.is_multiple_of(8)
-}
-
-/// `y = x·Wᵀ + bias`: T `[rows, k]` → T `[rows, n]`, rows of `y` `y_stride` elements apart, with `W` `[n, k]` in NF4. What
-/// [`dequantise`] and a product give, but for the order of the sums; it reads a ninth of the bytes.
-///
-/// # Errors
-///
-/// If the launch fails.
-///
-/// # Panics
-///
-/// If a view is too short or not aligned to 16 bytes, or [`has_product`] denies the sizes.
-#[allow(clippy::too_many_arguments)] // a kernel's
-pub fn product(
-    s: &Stream,
-    t: Half,
-    (y, y_stride): (View, usize),
-    x: View,
-    packed: View,
-    absmax: Absmax,
-    bias: View,
-    [rows, n, k]: [usize; 3],
-) -> Result<(), CudaError> {
-    assert!(has_product(rows, k), "{rows} rows of {k}");
-    if n == 0 {
-        return Ok(());
-    }
-    let form = match absmax {
-        Absmax::Plain { .. } => "",
-        Absmax::Double { .. } => "double_",
-    };
-    let args = Args::new()
-        .ptr(elements(y, strided(rows, y_stride, n), 2, "the result"))
-        .ptr(vectors(x, rows * k, 2, "the factor"))
-        .ptr(elements(bias, n, 2, "the bias"))
-        .i32(rows)
-        .i32(n)
-        .i32(k)
-        .i32(y_stride)
-        .ptr(vectors(packed, n * k / 2, 1, "NF4 codes"));
-    let launch = launch_of(n, OUTPUTS_OF_BLOCK);
-    let kernel = format!("product_nf4_{form}{}", rows.next_power_of_two());
-    let args = absmax.add_to(args, n * k);
-    s.count_flops(Work::Product, 2.0 * (rows * n) as f64 * k as f64);
-    // SAFETY: the kernel's arguments; every view was compared with the sizes.
-    unsafe { s.launch(&PRODUCT_NF4, &[t.define()], &kernel, launch, args) }
 }
 
 #[cfg(test)]

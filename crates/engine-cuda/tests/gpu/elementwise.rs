@@ -86,14 +86,21 @@ fn flat(bench: Bench<'_>, n: usize, report: &mut Report) {
     let Bench { s, t } = bench;
     let label = format!("{} {n}", name(t));
     let (x, x_values) = bench.half(&numbers(3, n, 3.0));
-    let (y, y_values) = bench.half(&numbers(4, n, 1.0));
+    let (y, y_values) = bench.f32(&numbers(4, n, 3.0));
     let out = bench.output(2 * n);
-    elementwise::silu(s, t, out.view(), x.view(), n).expect("launch");
-    let expected: Vec<f64> = x_values.iter().map(|x| x / (1.0 + (-x).exp())).collect();
-    let error = distance(&bench.read_half(&out), &expected);
-    report.check(&format!("silu {label}"), error, rounding(t));
+    let (wide, rounded) = (bench.output(4 * n), bench.output(2 * n));
+    let halves = [out.view(), rounded.view()];
+    elementwise::silu(s, t, wide.view(), halves, y.view(), n).expect("launch");
+    let expected: Vec<f64> = y_values.iter().map(|y| y / (1.0 + (-y).exp())).collect();
+    let error = distance(&bench.read_f32(&wide), &expected);
+    report.check(&format!("silu {label}"), error, 1e-6);
+    let apart = |half, wide: Vec<f64>| {
+        let wide: Vec<f32> = wide.into_iter().map(|value| value as f32).collect();
+        differing(&bench.read::<u16>(half), &t.from_f32(&wide))
+    };
+    let apart = apart(&out, bench.read_f32(&wide)) + apart(&rounded, y_values);
+    report.check(&format!("silu in 16 bits {label}"), apart, 0.0);
 
-    let wide = bench.output(4 * n);
     elementwise::to_f32(s, t, wide.view(), x.view(), n).expect("launch");
     report.check(
         &format!("to_f32 {label}"),
@@ -105,24 +112,24 @@ fn flat(bench: Bench<'_>, n: usize, report: &mut Report) {
     elementwise::to_half(s, t, out.view(), source.view(), n).expect("launch");
     let apart = differing(&bench.read::<u16>(&out), &t.from_f32(&values));
     report.check(&format!("to_half {label}"), apart, 0.0);
-
-    elementwise::add(s, t, x.view(), y.view(), n).expect("launch");
-    let expected: Vec<f64> = x_values.iter().zip(&y_values).map(|(x, y)| x + y).collect();
-    let error = distance(&bench.read_half(&x), &expected);
-    report.check(&format!("add {label}"), error, rounding(t));
 }
 
 fn sinusoids(bench: Bench<'_>, report: &mut Report) {
     let times = [0.0, 1.0, 37.5, 999.0, 1000.0f32];
-    let (source, out) = (bench.upload(&times), bench.output(2 * 5 * 256));
-    elementwise::sinusoids(bench.s, bench.t, out.view(), source.view(), 5).expect("launch");
+    let source = bench.upload(&times);
+    let (wide, out) = (bench.output(4 * 5 * 256), bench.output(2 * 5 * 256));
+    let (to, half) = (wide.view(), out.view());
+    elementwise::sinusoids(bench.s, bench.t, to, half, source.view(), 5).expect("launch");
     let expected: Vec<f64> = mmdit::embed::sinusoids(&times)
         .into_iter()
         .map(f64::from)
         .collect();
+    let label = name(bench.t);
+    let error = distance(&bench.read_f32(&wide), &expected);
+    report.check(&format!("sinusoids {label}"), error, 1e-5);
     let error = distance(&bench.read_half(&out), &expected);
     report.check(
-        &format!("sinusoids {}", name(bench.t)),
+        &format!("sinusoids in 16 bits {label}"),
         error,
         rounding(bench.t),
     );
@@ -130,7 +137,7 @@ fn sinusoids(bench: Bench<'_>, report: &mut Report) {
 
 fn clip(bench: Bench<'_>, report: &mut Report) {
     let (x, _) = bench.half(&[60_000.0; 8]);
-    let (gate, _) = bench.half(&[2.0; 8]);
+    let (gate, _) = bench.f32(&[2.0; 8]);
     let out = bench.output(16);
     let (x, gate) = (x.view(), gate.view());
     let m = Modulated {

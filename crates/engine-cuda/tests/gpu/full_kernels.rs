@@ -114,9 +114,9 @@ fn modulation_sums(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report)
     let label = format!("{} {b}x{n}x{d}", name(t));
     let (x, x_values) = bench.half(&numbers(1, rows * d, 1.5));
     let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
-    let (modulation, _) = bench.half(&numbers(3, b * stride, 0.5));
+    let (modulation, _) = bench.f32(&numbers(3, b * stride, 0.5));
     let (normed, stats) = (bench.output(2 * rows * d), bench.output(8 * rows));
-    let vectors = [0, d].map(|at| modulation.view().elements_from(at));
+    let vectors = [0, d].map(|at| modulation.view().skip(4 * at));
     let [x, dy] = [x.view(), dy.view()];
     let m = Modulated {
         b,
@@ -168,8 +168,8 @@ fn narrow_rows(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
     let (y, y_values) = bench.half(&numbers(3, rows * d, 1.0));
     let (before, _) = bench.half(&numbers(4, rows * d, 1.0));
-    let (modulation, modulation_values) = bench.half(&numbers(5, b * stride, 0.5));
-    let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().elements_from(at));
+    let (modulation, modulation_values) = bench.f32(&numbers(5, b * stride, 0.5));
+    let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().skip(4 * at));
     let [x, dy, y] = [x.view(), dy.view(), y.view()];
     let m = Modulated {
         b,

@@ -1,11 +1,12 @@
-//! NF4 on the device against [`quant::Nf4`], bit for bit; and products that dequantise on the way against sums in f64.
+//! NF4 on the device against [`quant::Nf4`], bit for bit; and products of f32 rows with weights against sums in f64.
 
 use engine_cuda::ops::nf4::{self, Absmax, Source};
+use engine_cuda::ops::product_rows::{self, RowsWeight};
 use engine_cuda::{Half, Stream};
 use quant::{Nf4, Scales, StoredFloat};
 
 use crate::report::Report;
-use crate::support::{Bench, bits, differing, distance, name, numbers, rounding};
+use crate::support::{Bench, bits, differing, distance, name, numbers};
 
 /// A count of weights that are all zero: a full block of scales and a short one.
 const ALL_ZERO: usize = 64 * 257;
@@ -27,6 +28,8 @@ pub fn run(s: &Stream, report: &mut Report) {
             (3, 70, 3072),
             (4, 1, 264),
             (4, 517, 1000),
+            (19, 37, 520),
+            (3, 21, 100),
         ] {
             product(Bench { s, t }, [rows, n, k], report);
         }
@@ -138,17 +141,20 @@ fn one(bench: Bench<'_>, n: usize, source: Source, report: &mut Report) {
     report.check(&format!("nf4 dequantise double {label}"), apart, 0.0);
 }
 
-/// A few rows times weights of both kinds of scales, into a wider matrix.
+/// A few rows times weights in T and of both kinds of scales, into a wider matrix; twice, so that it is added to.
 fn product(bench: Bench<'_>, [rows, n, k]: [usize; 3], report: &mut Report) {
     let Bench { s, t } = bench;
     let stored = match t {
         Half::Bf16 => StoredFloat::Bf16,
         Half::F16 => StoredFloat::F16,
     };
-    let quantised = || Nf4::quantize(&numbers(1, n * k, 0.02), stored).expect("finite");
+    let values = numbers(1, n * k, 0.02);
+    let (half, _) = bench.half(&values);
+    let mut forms = vec![("half", RowsWeight::Half(half.view()), values.clone())];
+    let quantised = || Nf4::quantize(&values, stored).expect("finite");
     let (plain, double) = (quantised(), quantised().double_quantized());
     let packed = bench.upload(plain.packed());
-    let (x, x_values) = bench.half(&numbers(2, rows * k, 1.0));
+    let (x, x_values) = bench.f32(&numbers(2, rows * k, 1.0));
     let (bias, bias_values) = bench.half(&numbers(3, n, 0.1));
     let Scales::Plain(scales) = plain.scales() else {
         unreachable!("not yet doubly quantised")
@@ -166,27 +172,34 @@ fn product(bench: Bench<'_>, [rows, n, k]: [usize; 3], report: &mut Report) {
     let plain_scales = Absmax::Plain {
         absmax: scales.view(),
     };
-    for (what, absmax, weights) in [
-        ("", plain_scales, &plain),
-        (" double", double_scales, &double),
-    ] {
-        let weights: Vec<f32> = t.to_f32(&t.from_f32(&weights.dequantize()));
+    if k.is_multiple_of(8) {
+        let packed = packed.view();
+        let nf4 = |absmax| RowsWeight::Nf4 { packed, absmax };
+        forms.push(("nf4", nf4(plain_scales), plain.dequantize()));
+        forms.push(("nf4 double", nf4(double_scales), double.dequantize()));
+    }
+    for (what, weight, weights) in forms {
+        let weights: Vec<f32> = t.to_f32(&t.from_f32(&weights));
         let stride = n + 3;
-        let out = bench.upload(&vec![0u16; rows * stride]);
+        let out = bench.upload(&vec![0f32; rows * stride]);
         let to = (out.view(), stride);
-        let (x, packed, bias) = (x.view(), packed.view(), bias.view());
-        nf4::product(s, t, to, x, packed, absmax, bias, [rows, n, k]).expect("launch");
+        let (x, bias) = (x.view(), bias.view());
+        for accumulate in [false, true] {
+            product_rows::product(s, t, to, x, weight, bias, [rows, n, k], accumulate)
+                .expect("launch");
+        }
         let mut expected = vec![0.0; rows * stride];
         for row in 0..rows {
             for column in 0..n {
                 let products =
                     (0..k).map(|i| x_values[row * k + i] * f64::from(weights[column * k + i]));
-                expected[row * stride + column] = bias_values[column] + products.sum::<f64>();
+                let sum = bias_values[column] + products.sum::<f64>();
+                expected[row * stride + column] = 2.0 * sum;
             }
         }
-        let off = distance(&bench.read_half(&out), &expected);
-        let label = format!("nf4 product{what} {} {rows}x{n}x{k}", name(t));
-        report.check(&label, off, rounding(t));
+        let off = distance(&bench.read_f32(&out), &expected);
+        let label = format!("rows times {what} {} {rows}x{n}x{k}", name(t));
+        report.check(&label, off, 2e-6);
     }
 }
 

@@ -49,8 +49,8 @@ fn one(bench: Bench<'_>, [b, n, d]: [usize; 3], report: &mut Report) {
     let (dy, dy_values) = bench.half(&numbers(2, rows * d, 1.0));
     let (y, y_values) = bench.half(&numbers(3, rows * d, 1.0));
     let (before, before_values) = bench.half(&numbers(4, rows * d, 1.0));
-    let (modulation, modulation_values) = bench.half(&numbers(5, b * stride, 0.5));
-    let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().elements_from(at));
+    let (modulation, modulation_values) = bench.f32(&numbers(5, b * stride, 0.5));
+    let [shift, scale, gate] = [0, d, 2 * d].map(|at| modulation.view().skip(4 * at));
     let m = Modulated {
         b,
         tokens: n,

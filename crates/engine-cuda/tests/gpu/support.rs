@@ -81,6 +81,12 @@ impl Bench<'_> {
         (self.upload(&rounded), self.wide(&rounded))
     }
 
+    /// Values in f32 on the device, and what they are.
+    pub fn f32(&self, values: &[f32]) -> (Guarded, Vec<f64>) {
+        let wide = values.iter().map(|value| f64::from(*value));
+        (self.upload(values), wide.collect())
+    }
+
     fn wide(&self, values: &[u16]) -> Vec<f64> {
         let wide = self.t.to_f32(values);
         wide.into_iter().map(f64::from).collect()

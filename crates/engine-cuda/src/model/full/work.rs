@@ -9,6 +9,7 @@ use crate::model::modulations::Modulations;
 use crate::model::pass::{Conditions, Pass};
 use crate::ops::average::{self, Averaged, NUMBERS};
 use crate::ops::draw::{self, LatentSizes};
+use crate::ops::elementwise;
 use crate::ops::loss;
 use crate::ops::optimizer::{self, SQUARES_PARTIALS};
 use crate::stream::Stream;
@@ -136,14 +137,18 @@ impl FullTrainer {
         };
         let text_width = shape.text * config.joint_attention_dim;
         let text = gathered(texts.states.view(), text_width)?;
+        let num_pooled = b * config.pooled_projection_dim;
+        let pooled = cx.f32(num_pooled);
+        let half = gathered(texts.pooled.view(), config.pooled_projection_dim)?;
+        elementwise::to_f32(s, t, pooled, half, num_pooled)?;
         let conditions = Conditions {
             times: places.times,
             guidance: config.guidance_embeds.then_some(places.guidance),
-            pooled: gathered(texts.pooled.view(), config.pooled_projection_dim)?,
+            pooled,
         };
 
         let stride = self.sizes.modulation_width();
-        let (vectors, dvectors) = (cx.half(b * stride), cx.half(b * stride));
+        let (vectors, dvectors) = (cx.f32(b * stride), cx.half(b * stride));
         let kept_conditions = self.network.modulate_kept(cx, vectors, &conditions, b)?;
         let pass = Pass {
             network: &self.network,
