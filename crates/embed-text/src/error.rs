@@ -11,7 +11,7 @@ use text_encoders::{EncoderError, TokenizerError};
 #[derive(Debug, thiserror::Error)]
 pub enum EmbedTextError {
     /// A caption has more tokens than there are positions.
-    #[error("caption {caption:?} of {source_file} has {num_tokens} T5 tokens, and the limit is {limit}{}", others(*num_others))]
+    #[error("caption {:?} of {source_file} has {num_tokens} T5 tokens, and the limit is {limit}{}", excerpt(caption), others(*num_others))]
     LongCaption {
         /// The longest caption.
         caption: String,
@@ -35,7 +35,10 @@ pub enum EmbedTextError {
         found: usize,
     },
     /// An embedding holds infinities or not-a-numbers.
-    #[error("the {part} embedding of caption {caption:?} is not finite in half precision")]
+    #[error(
+        "the {part} embedding of caption {:?} is not finite in half precision",
+        excerpt(caption)
+    )]
     NotFinite {
         /// `t5` or `pooled`.
         part: &'static str,
@@ -78,8 +81,9 @@ pub enum EmbedTextError {
     },
     /// Two images share a caption and have different public embeddings.
     #[error(
-        "{first} and {second} have the same caption ({caption:?}) but different public embeddings: \
-         at least one was made from another caption"
+        "{first} and {second} have the same caption ({:?}) but different public embeddings: \
+         at least one was made from another caption",
+        excerpt(caption)
     )]
     PublicConflict {
         /// The caption.
@@ -91,8 +95,10 @@ pub enum EmbedTextError {
     },
     /// Images with different captions share a row of public embeddings: their recipe hash is one, as that of palette swaps is.
     #[error(
-        "{first} ({first_caption:?}) and {second} ({second_caption:?}) have one hash, {hash}, and so one row of the public \
-         embeddings: at most one of the captions can be its"
+        "{first} ({:?}) and {second} ({:?}) have one hash, {hash}, and so one row of the public \
+         embeddings: at most one of the captions can be its",
+        excerpt(first_caption),
+        excerpt(second_caption)
     )]
     PublicShared {
         /// One image.
@@ -105,6 +111,22 @@ pub enum EmbedTextError {
         second_caption: String,
         /// The hash.
         hash: String,
+    },
+    /// Two files with different embeddings of one image.
+    #[error(
+        "{} and {} have different embeddings of the image with hash {hash} ({source_file})",
+        first.display(),
+        second.display()
+    )]
+    PublicTwice {
+        /// A file.
+        first: PathBuf,
+        /// Another one.
+        second: PathBuf,
+        /// The hash.
+        hash: String,
+        /// The image.
+        source_file: String,
     },
     /// A caption of an image that is not there.
     #[error("{} has a caption for image {sample_id}, which samples.parquet beside it does not have", path.display())]
@@ -135,6 +157,17 @@ pub enum EmbedTextError {
     /// A table cannot be read or written.
     #[error(transparent)]
     File(#[from] ArtifactError),
+}
+
+/// The most characters of a caption that a message shows.
+const MAX_SHOWN: usize = 120;
+
+/// A caption's beginning.
+fn excerpt(caption: &str) -> String {
+    match caption.char_indices().nth(MAX_SHOWN) {
+        Some((end, _)) => format!("{}…", &caption[..end]),
+        None => caption.to_owned(),
+    }
 }
 
 fn others(count: usize) -> String {
@@ -182,6 +215,9 @@ impl StageError for EmbedTextError {
                 "set embed_text.public_embeddings = \"\" to encode the captions here: the public recipe cannot tell these \
                  images apart"
                     .to_owned()
+            }
+            Self::PublicTwice { .. } => {
+                "take one of the files out: only one of them can have been made from these captions".to_owned()
             }
             Self::PublicConflict { .. } => {
                 "make the embeddings again, or set embed_text.public_embeddings = \"\"".to_owned()

@@ -2,7 +2,7 @@
 //!
 //! Its rows belong to images: the key is the SHA-256 of PIL's raw buffer, taken before or after EXIF turning depending on
 //! the data loader's version, so both are tried. The files do not say which captions or encoders they were made from;
-//! sizes are checked, and images that share a caption must agree.
+//! sizes are checked, and images that share a caption must agree, as must files that have the same image.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -140,10 +140,10 @@ fn align<'a>(
     files: &[(PathBuf, PublicEmbeddings)],
     captions: &'a Captions,
 ) -> Result<Aligned<'a>, EmbedTextError> {
-    let mut file_of: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut files_of: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     for (index, (_, embeddings)) in files.iter().enumerate() {
         for key in embeddings.keys() {
-            file_of.entry(key).or_insert(index);
+            files_of.entry(key).or_default().push(index);
         }
     }
     let mut found: Aligned<'a> = BTreeMap::new();
@@ -157,9 +157,10 @@ fn align<'a>(
         ];
         match keys
             .into_iter()
-            .find_map(|key| file_of.get(key).map(|&file| (file, key)))
+            .find_map(|key| files_of.get(key).map(|files| (files, key)))
         {
-            Some((file, key)) => {
+            Some((places, key)) => {
+                let file = the_same_in_all(files, places, key, sample)?;
                 let (other, caption) = *row_of.entry(key).or_insert((sample, row));
                 if caption.caption_hash != row.caption_hash {
                     return Err(EmbedTextError::PublicShared {
@@ -191,6 +192,29 @@ fn align<'a>(
     Ok(found)
 }
 
+/// The first of the files that have a row of `key`, if all have the same there.
+fn the_same_in_all(
+    files: &[(PathBuf, PublicEmbeddings)],
+    places: &[usize],
+    key: &str,
+    sample: &SampleRow,
+) -> Result<usize, EmbedTextError> {
+    let row = |file: usize| files[file].1.get(key);
+    for &other in &places[1..] {
+        if let (Some(first), Some(second)) = (row(places[0])?, row(other)?)
+            && !agree(&first, &second)
+        {
+            return Err(EmbedTextError::PublicTwice {
+                first: files[places[0]].0.clone(),
+                second: files[other].0.clone(),
+                hash: key.to_owned(),
+                source_file: sample.source_file.clone(),
+            });
+        }
+    }
+    Ok(places[0])
+}
+
 fn agree(a: &PublicEmbedding, b: &PublicEmbedding) -> bool {
     let close = |a: &[f32], b: &[f32]| {
         let square = |x: f64| x * x;
@@ -203,7 +227,62 @@ fn agree(a: &PublicEmbedding, b: &PublicEmbedding) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use artifacts::captions::caption_hash;
+
     use super::*;
+
+    /// Palette swaps have one recipe hash: it is the SHA-256 of indices, without the palette.
+    #[test]
+    fn images_with_one_hash_and_different_captions_are_refused() {
+        let public = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../artifacts/tests/fixtures/public-embeddings.parquet"
+        );
+        let embeddings = read_public_embeddings(Path::new(public)).expect("a sound file");
+        let hash = embeddings.keys().next().expect("it has rows").to_owned();
+        let files = [(PathBuf::from(public), embeddings)];
+        let captions = |texts: [&str; 2]| {
+            let mut captions = Captions {
+                by_hash: BTreeMap::new(),
+                rows: Vec::new(),
+                samples: BTreeMap::new(),
+            };
+            for (i, caption) in texts.into_iter().enumerate() {
+                let (sample_id, caption_hash) = (format!("{i:064}"), caption_hash(caption));
+                let sample = SampleRow {
+                    sample_id: sample_id.clone(),
+                    compat_sha256: hash.clone(),
+                    compat_sha256_oriented: hash.clone(),
+                    width_px: 1,
+                    height_px: 1,
+                    has_alpha: false,
+                    num_colors: 1,
+                    source_file: format!("{i}.png"),
+                    source_row: None,
+                };
+                captions.samples.insert(sample_id.clone(), sample);
+                captions
+                    .by_hash
+                    .insert(caption_hash.clone(), caption.to_owned());
+                captions.rows.push(CaptionRow {
+                    sample_id,
+                    caption_hash,
+                    caption: caption.to_owned(),
+                });
+            }
+            captions
+        };
+        let one = captions(["a red knight", "a red knight"]);
+        let found = align(Path::new(public), &files, &one).expect("one caption");
+        assert_eq!(found.values().map(Vec::len).collect::<Vec<_>>(), [2]);
+        let two = captions(["a red knight", "a blue knight"]);
+        let error = align(Path::new(public), &files, &two).expect_err("one row, two captions");
+        let text = error.to_string();
+        assert!(
+            text.contains("0.png (\"a red knight\") and 1.png (\"a blue knight\") have one hash"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn rounding_is_agreement_and_other_words_are_not() {

@@ -452,3 +452,44 @@ fn public_embeddings_of_another_length_or_of_other_images_are_bad_input() {
         "{text}"
     );
 }
+
+#[test]
+fn files_of_public_embeddings_that_have_the_same_image_must_agree() {
+    let world = World::new();
+    let folder = world.path("public");
+    fs_err::create_dir_all(&folder).expect("writable");
+    let public = format!("embed_text.public_embeddings='{}'", folder.display());
+    let overrides = ["embed_text.t5_tokens=2", &public];
+    for name in ["one.parquet", "two.parquet"] {
+        fs_err::copy(PUBLIC, folder.join(name)).expect("writable");
+    }
+    let report = world.try_run(&["a"], &overrides, None);
+    assert_eq!(report.expect("they agree").counts["imported"], 1);
+
+    // The same images with other pooled vectors.
+    let other = PUBLIC.replace(".parquet", "-not-finite.parquet");
+    fs_err::copy(other, folder.join("two.parquet")).expect("writable");
+    let failure = world
+        .try_run(&["a"], &overrides, None)
+        .expect_err("two embeddings of one image");
+    assert_eq!(failure.kind().exit_code(), 2);
+    let text = failure.to_string();
+    assert!(
+        text.contains("one.parquet and ") && text.contains("two.parquet have different"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_long_caption_is_shown_by_its_beginning() {
+    let world = World::new();
+    let caption = "a ".repeat(5000);
+    let failure = world
+        .try_run(&[&caption], &[], None)
+        .expect_err("it has more than four tokens");
+    let text = failure.to_string();
+    assert!(
+        text.contains("…\" of 0.png has") && text.len() < 300,
+        "{text}"
+    );
+}

@@ -8,6 +8,7 @@ use std::io::Cursor;
 use png::{BitDepth, ColorType, Transformations};
 
 use crate::decode::Raw;
+use crate::png_text::{latin1_text, utf8_text};
 use crate::{Limits, Orientation, PilImage, PilMode, Rgba8};
 
 /// Width and height from the header alone, before anything is allocated for pixels.
@@ -64,9 +65,6 @@ pub(crate) fn read(bytes: &[u8], limits: &Limits) -> Result<Raw, png::DecodingEr
     })
 }
 
-/// Most bytes that a compressed text may expand to; a larger one says nothing of the orientation.
-const MAX_TEXT_BYTES: usize = 1 << 20;
-
 /// Orientation from the eXIf chunk, ImageMagick's profile text or the XMP packet, in Pillow's order.
 fn orientation(info: &png::Info<'_>) -> Orientation {
     let latin1 = |keyword: &str| -> Option<String> {
@@ -79,11 +77,7 @@ fn orientation(info: &png::Info<'_>) -> Orientation {
             info.compressed_latin1_text
                 .iter()
                 .find(|chunk| chunk.keyword == keyword)
-                .and_then(|chunk| {
-                    let mut chunk = chunk.clone();
-                    chunk.decompress_text_with_limit(MAX_TEXT_BYTES).ok()?;
-                    chunk.get_text().ok()
-                })
+                .and_then(|chunk| latin1_text(chunk).ok())
         })
     };
     let exif = info
@@ -96,11 +90,7 @@ fn orientation(info: &png::Info<'_>) -> Orientation {
             info.utf8_text
                 .iter()
                 .find(|chunk| chunk.keyword == "XML:com.adobe.xmp")
-                .and_then(|chunk| {
-                    let mut chunk = chunk.clone();
-                    chunk.decompress_text_with_limit(MAX_TEXT_BYTES).ok()?;
-                    chunk.get_text().ok()
-                })
+                .and_then(|chunk| utf8_text(chunk).ok())
                 .and_then(|packet| Orientation::from_xmp(packet.as_bytes()))
         })
         .unwrap_or(Orientation::UPRIGHT)

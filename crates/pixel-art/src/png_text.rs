@@ -4,6 +4,7 @@
 
 use std::io::Cursor;
 
+use png::text_metadata::{ITXtChunk, ZTXtChunk};
 use png::{BitDepth, ColorType};
 
 use crate::{Rgb8, Rgba8};
@@ -64,11 +65,28 @@ fn encode(
     Ok(file)
 }
 
+/// Most bytes that a compressed text may expand to.
+const MAX_TEXT_BYTES: usize = 1 << 20;
+
+/// The text of a zTXt chunk, if it expands to no more than a MiB.
+pub(crate) fn latin1_text(chunk: &ZTXtChunk) -> Result<String, png::DecodingError> {
+    let mut chunk = chunk.clone();
+    chunk.decompress_text_with_limit(MAX_TEXT_BYTES)?;
+    chunk.get_text()
+}
+
+/// The text of an iTXt chunk, if it expands to no more than a MiB.
+pub(crate) fn utf8_text(chunk: &ITXtChunk) -> Result<String, png::DecodingError> {
+    let mut chunk = chunk.clone();
+    chunk.decompress_text_with_limit(MAX_TEXT_BYTES)?;
+    chunk.get_text()
+}
+
 /// All texts `(keyword, text)` of a PNG file, in the order tEXt, zTXt, iTXt.
 ///
 /// # Errors
 ///
-/// If the file is damaged.
+/// If the file is damaged, or a compressed text expands to more than a MiB.
 pub fn read_png_text(bytes: &[u8]) -> Result<Vec<(String, String)>, PngTextError> {
     let mut reader = png::Decoder::new(Cursor::new(bytes)).read_info()?;
     reader.finish()?;
@@ -78,10 +96,10 @@ pub fn read_png_text(bytes: &[u8]) -> Result<Vec<(String, String)>, PngTextError
         texts.push((chunk.keyword.clone(), chunk.text.clone()));
     }
     for chunk in &info.compressed_latin1_text {
-        texts.push((chunk.keyword.clone(), chunk.get_text()?));
+        texts.push((chunk.keyword.clone(), latin1_text(chunk)?));
     }
     for chunk in &info.utf8_text {
-        texts.push((chunk.keyword.clone(), chunk.get_text()?));
+        texts.push((chunk.keyword.clone(), utf8_text(chunk)?));
     }
     Ok(texts)
 }
@@ -115,5 +133,47 @@ mod tests {
         let picture = Rgb8::filled(1, 1, [0; 3]);
         assert!(encode_png_rgb(&picture, &[("騎", "x")]).is_err());
         assert!(encode_png_rgb(&picture, &[("", "x")]).is_err());
+    }
+
+    /// A PNG of 2×1 pixels whose compressed EXIF profile, as ImageMagick writes it, has `padding` empty lines.
+    fn with_profile(padding: usize) -> Vec<u8> {
+        let exif = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0";
+        let digits: String = exif.iter().map(|byte| format!("{byte:02x}")).collect();
+        let text = format!(
+            "\nexif\n      {}\n{digits}{}",
+            exif.len(),
+            "\n".repeat(padding)
+        );
+        let mut file = Vec::new();
+        let mut encoder = png::Encoder::new(&mut file, 2, 1);
+        encoder.set_color(png::ColorType::Rgb);
+        let keyword = "Raw profile type exif".to_owned();
+        encoder
+            .add_ztxt_chunk(keyword, text)
+            .expect("a sound keyword");
+        let mut writer = encoder.write_header().expect("in memory");
+        writer
+            .write_image_data(&[1, 2, 3, 4, 5, 6])
+            .expect("in memory");
+        drop(writer);
+        file
+    }
+
+    #[test]
+    fn a_compressed_text_of_megabytes_is_not_expanded() {
+        let limits = Limits { max_pixels: 2 };
+        let small = with_profile(9);
+        assert_eq!(read_png_text(&small).expect("readable").len(), 1);
+        let turned = decode(&small, &limits).expect("decodable");
+        assert_eq!((turned.picture.width_px, turned.picture.height_px), (1, 2));
+        let large = with_profile(MAX_TEXT_BYTES);
+        assert!(large.len() < 16 << 10, "it is a bomb");
+        read_png_text(&large).expect_err("too large");
+        // Its pixels are sound, and it says nothing of how they are turned.
+        let upright = decode(&large, &limits).expect("decodable");
+        assert_eq!(
+            (upright.picture.width_px, upright.picture.height_px),
+            (2, 1)
+        );
     }
 }
