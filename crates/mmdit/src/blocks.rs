@@ -1,8 +1,7 @@
 //! The two kinds of block, and the modulation vectors of all of them.
 //!
 //! A modulation is three vectors per sample: shift and scale of a normalised input, and a gate on what the layers
-//! make of it (adaLN-Zero). They depend on `temb` alone, so all are computed before the first block; in `f32` in any case, since
-//! all tokens of a sample share what is rounded there.
+//! make of it (adaLN-Zero). They depend on `temb` alone, so all are computed before the first block.
 //!
 //! Source: `FluxTransformerBlock`, `FluxSingleTransformerBlock`, `AdaLayerNormZero`, `AdaLayerNormZeroSingle`,
 //! `AdaLayerNormContinuous`, diffusers 0.42.
@@ -20,7 +19,7 @@ use crate::rope::Rope;
 /// Largest finite half-precision number; activations are clipped to it as upstream.
 const LARGEST_F16: f32 = 65_504.0;
 
-/// Shift and scale of a normalised input; the scale has its 1 added: f32 `(b, 1, d)` each.
+/// Shift and scale of a normalised input; the scale has its 1 added: `(b, 1, d)` each.
 #[derive(Clone, Debug)]
 pub(crate) struct Shift {
     shift: Tensor<3>,
@@ -37,14 +36,13 @@ impl Shift {
 
     /// `norm(x)·(1 + scale) + shift`.
     fn apply(&self, x: Tensor<3>) -> Tensor<3> {
-        let ([_, n, _], dtype) = (x.dims(), x.dtype());
-        let normed = layer_norm(x.cast(DType::F32), NORM_EPSILON);
-        let shifted = normed * over_tokens(&self.one_plus_scale, n) + over_tokens(&self.shift, n);
-        shifted.cast(dtype)
+        let [_, n, _] = x.dims();
+        layer_norm(x, NORM_EPSILON) * over_tokens(&self.one_plus_scale, n)
+            + over_tokens(&self.shift, n)
     }
 }
 
-/// A shift and the gate on what follows, f32 `(b, 1, d)`.
+/// A shift and the gate on what follows, `(b, 1, d)`.
 #[derive(Clone, Debug)]
 pub(crate) struct Modulation {
     shift: Shift,
@@ -54,9 +52,8 @@ pub(crate) struct Modulation {
 impl Modulation {
     /// `residual + gate·update`.
     fn add(&self, residual: Tensor<3>, update: Tensor<3>) -> Tensor<3> {
-        let ([_, n, _], dtype) = (update.dims(), residual.dtype());
-        let gated = update.cast(DType::F32) * over_tokens(&self.gate, n);
-        (residual.cast(DType::F32) + gated).cast(dtype)
+        let [_, n, _] = update.dims();
+        residual + update * over_tokens(&self.gate, n)
     }
 }
 
@@ -78,7 +75,7 @@ fn vectors<const N: usize>(
     adapters: &Adapters,
 ) -> [Tensor<3>; N] {
     let [b, d] = silu_temb.dims();
-    let all = layer.forward_wide(silu_temb.clone(), adapters);
+    let all = layer.forward(silu_temb.clone(), adapters);
     std::array::from_fn(|i| {
         all.clone()
             .slice([0..b, i * d..(i + 1) * d])

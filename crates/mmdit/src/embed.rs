@@ -6,7 +6,7 @@
 //! Source: `CombinedTimestepGuidanceTextProjEmbeddings`, diffusers 0.42.
 
 use tensor::nn::silu;
-use tensor::{DType, Tensor, from_f32};
+use tensor::{Tensor, from_f32};
 
 use crate::adapters::Adapters;
 use crate::config::{MmditConfig, NUM_SINUSOID_CHANNELS};
@@ -50,8 +50,8 @@ impl Mlp {
     }
 
     fn forward(&self, x: Tensor<2>, adapters: &Adapters) -> Tensor<2> {
-        let hidden = silu(self.linear_1.forward_wide(x, adapters));
-        self.linear_2.forward_wide(hidden, adapters)
+        let hidden = silu(self.linear_1.forward(x, adapters));
+        self.linear_2.forward(hidden, adapters)
     }
 }
 
@@ -77,8 +77,7 @@ impl TimeTextEmbed {
         })
     }
 
-    /// `timestep` and `guidance` one number per sample (0 to 1, and the scale itself), `pooled` `(b, p)` → `(b, d)`
-    /// in `f32`.
+    /// `timestep` and `guidance` one number per sample (0 to 1, and the scale itself), `pooled` `(b, p)` → `(b, d)`.
     ///
     /// # Panics
     ///
@@ -91,6 +90,7 @@ impl TimeTextEmbed {
         adapters: &Adapters,
     ) -> Tensor<2> {
         let device = pooled.device();
+        let dtype = pooled.dtype();
         let embed = |mlp: &Mlp, values: &[f32]| {
             let thousandfold: Vec<f32> = values.iter().map(|v| v * 1000.0).collect();
             let waves = from_f32(
@@ -98,7 +98,7 @@ impl TimeTextEmbed {
                 [values.len(), NUM_SINUSOID_CHANNELS],
                 &device,
             );
-            mlp.forward(waves, adapters)
+            mlp.forward(waves.cast(dtype), adapters)
         };
         let mut temb = embed(&self.timestep_embedder, timestep);
         match (&self.guidance_embedder, guidance) {
@@ -107,7 +107,6 @@ impl TimeTextEmbed {
             (Some(_), None) => panic!("this transformer needs a guidance scale"),
             (None, Some(_)) => panic!("this transformer has no guidance embedding"),
         }
-        let pooled = pooled.cast(DType::F32);
         temb + self.text_embedder.forward(pooled, adapters)
     }
 }

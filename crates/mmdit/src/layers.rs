@@ -2,7 +2,7 @@
 
 use quant::{Nf4, QuantError, StoredFloat};
 use tensor::nn::{Linear, RmsNorm};
-use tensor::{DType, Device, Precision, Tensor, Weights, WeightsError, from_f32};
+use tensor::{Device, Precision, Tensor, Weights, WeightsError, from_f32};
 
 use crate::adapters::Adapters;
 use crate::config::NORM_EPSILON;
@@ -20,24 +20,6 @@ impl Layer {
     pub fn forward<const D: usize>(&self, x: Tensor<D>, adapters: &Adapters) -> Tensor<D> {
         let delta = adapters.delta(&self.path, &x, 0);
         let y = self.linear.forward(x);
-        match delta {
-            Some(delta) => y + delta,
-            None => y,
-        }
-    }
-}
-
-impl Layer {
-    /// [`Layer::forward`] in `f32` whatever the weights' precision, for the rows that condition a network: all tokens of a
-    /// sample share what is rounded there.
-    pub fn forward_wide(&self, x: Tensor<2>, adapters: &Adapters) -> Tensor<2> {
-        let Linear { weight, bias } = &self.linear;
-        let delta = adapters.delta(&self.path, &x, 0);
-        let wide = Linear {
-            weight: weight.clone().cast(DType::F32),
-            bias: bias.clone().map(|bias| bias.cast(DType::F32)),
-        };
-        let y = wide.forward(x);
         match delta {
             Some(delta) => y + delta,
             None => y,

@@ -35,8 +35,7 @@ pub enum BaseWeights {
 pub struct LoadOptions {
     /// Where it computes; [`tensor::device::training`] of a device where LoRA factors want gradients.
     pub device: Device,
-    /// What it computes in. Norms' statistics, rotary angles, softmax, and what conditions all tokens of a
-    /// sample (times, guidance, pooled captions, modulations) are `f32` in any case.
+    /// What it computes in. Norms' statistics, rotary angles, sinusoids and softmax are `f32` in any case.
     pub precision: Precision,
     /// In what form the linear layers are kept.
     pub base: BaseWeights,
@@ -175,7 +174,7 @@ impl Mmdit {
         Rope::for_latent(&self.config, num_text_tokens, latent_cells, &self.device)
     }
 
-    /// `temb` of each sample: see [`crate::embed`]. `(b, pooled)` → f32 `(b, d)`.
+    /// `temb` of each sample: see [`crate::embed`]. `(b, pooled)` → `(b, d)`.
     ///
     /// # Panics
     ///
@@ -187,6 +186,7 @@ impl Mmdit {
         pooled: Tensor<2>,
         adapters: &Adapters,
     ) -> Tensor<2> {
+        let pooled = pooled.cast(self.precision.dtype());
         self.time_text_embed
             .forward(timestep, guidance, pooled, adapters)
     }
