@@ -208,6 +208,7 @@ fn cuda_takes_as_much_memory_as_its_plan_says() {
     step.expect("nothing fails");
     let notes = engine.notes().join("\n");
     assert!(notes.contains("2 micro-batch(es) at once"), "{notes}");
+    assert!(notes.contains("0.0 %)"), "{notes}");
     let bytes = engine.measured_bytes.expect("a step was taken");
     let predicted = engine.plan.total_bytes();
     assert!(

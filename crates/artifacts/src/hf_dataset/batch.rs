@@ -1,6 +1,8 @@
 //! Rows that were decoded together, as the decoder left them: values that rows share are there once.
 
-use polars_arrow::array::{Array, BinaryViewArray, StructArray, Utf8ViewArray};
+use polars_arrow::array::{
+    Array, BinaryViewArray, BinaryViewArrayGeneric, StructArray, Utf8ViewArray, ViewType,
+};
 
 use super::ParquetImage;
 
@@ -69,11 +71,7 @@ impl Batch {
     /// What it occupies, in bytes.
     pub fn num_bytes(&self) -> usize {
         let images = self.images.iter().map(ImageColumns::num_bytes);
-        let captions = self
-            .captions
-            .iter()
-            .map(|captions| captions.total_buffer_len() + size_of_val(captions.views().as_slice()));
-        images.chain(captions).sum()
+        images.chain(self.captions.iter().map(num_bytes)).sum()
     }
 }
 
@@ -86,6 +84,11 @@ fn find<A>(arrays: &[A], mut place: usize, len: impl Fn(&A) -> usize) -> Option<
         place -= len(array);
     }
     None
+}
+
+/// What an array occupies: its values once, and a view of one for each element.
+fn num_bytes<V: ViewType + ?Sized>(array: &BinaryViewArrayGeneric<V>) -> usize {
+    array.total_buffer_len() + size_of_val(array.views().as_slice())
 }
 
 /// The arrays behind a decoded image column.
@@ -131,11 +134,6 @@ impl ImageColumns {
     }
 
     fn num_bytes(&self) -> usize {
-        let bytes = self.bytes.total_buffer_len() + size_of_val(self.bytes.views().as_slice());
-        let path = self
-            .path
-            .as_ref()
-            .map(|path| path.total_buffer_len() + size_of_val(path.views().as_slice()));
-        bytes + path.unwrap_or(0)
+        num_bytes(&self.bytes) + self.path.as_ref().map_or(0, num_bytes)
     }
 }
