@@ -341,7 +341,7 @@ pub(crate) fn train(
     let models = configs.parameters();
     let d_kv = configs.t5.d_kv;
     let upstream = run.results().digest(Phase::Autoencoder, 1)?.to_string();
-    let settings = json!([run.recipe.base, run.recipe.corpus.variants]);
+    let settings = json!([run.recipe.base, run.recipe.corpus.variants, run.tokenizers]);
     let name = run.name(Phase::Base, &upstream, &settings);
     run.learn(Phase::Base, &name, optimizer, &models, || {
         let layout = Layout::new(models.to_vec());

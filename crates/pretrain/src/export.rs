@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
-use artifacts::{Dtype, TensorToWrite, write_atomically, write_safetensors};
+use artifacts::{Digest, Dtype, Hasher, TensorToWrite, write_atomically, write_safetensors};
 use half::f16;
 use random_base::Preset;
 use serde_json::Value;
 use tensor::ParameterSpec;
+use walkdir::WalkDir;
 
 use crate::PretrainError;
 
@@ -26,13 +27,13 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), PretrainError
     write_file(path, format!("{value:#}\n").as_bytes())
 }
 
-/// Writes the configurations of all parts, the scheduler's and the tokenizers' files.
+/// Writes the configurations of all parts, the scheduler's and the tokenizers' files; gives the digest of the last.
 pub(crate) fn write_skeleton(
     base: &Path,
     preset: Preset,
     vae: &Value,
     tokenizers: &Path,
-) -> Result<(), PretrainError> {
+) -> Result<Digest, PretrainError> {
     write_json(
         &base.join("scheduler/scheduler_config.json"),
         &preset.scheduler(),
@@ -45,6 +46,7 @@ pub(crate) fn write_skeleton(
     ] {
         write_json(&base.join(part).join("config.json"), config)?;
     }
+    let mut hasher = Hasher::new();
     for part in ["tokenizer", "tokenizer_2"] {
         let mut files: Vec<_> = fs_err::read_dir(tokenizers.join(part))
             .map_err(PretrainError::Read)?
@@ -60,10 +62,38 @@ pub(crate) fn write_skeleton(
                 continue;
             }
             let bytes = fs_err::read(entry.path()).map_err(PretrainError::Read)?;
-            write_file(&base.join(part).join(entry.file_name()), &bytes)?;
+            let path = Path::new(part).join(entry.file_name());
+            hasher.field(path.as_os_str().as_encoded_bytes());
+            hasher.field(&bytes);
+            write_file(&base.join(path), &bytes)?;
         }
     }
-    Ok(())
+    Ok(hasher.finish())
+}
+
+/// Takes the files of a finished draft over into `out`, and the draft away.
+///
+/// `index`, which makes a base of them, is the first to go and the last to come: who reads meanwhile finds none, and after
+/// an end in between the same call begins anew.
+pub(crate) fn publish(draft: &Path, out: &Path, index: &str) -> Result<(), PretrainError> {
+    let (from, to) = (draft.join(index), out.join(index));
+    if to.exists() {
+        fs_err::remove_file(&to).map_err(PretrainError::Read)?;
+    }
+    for entry in WalkDir::new(draft).sort_by_file_name() {
+        let entry = entry.map_err(|error| PretrainError::Read(error.into()))?;
+        let path = entry.path();
+        if entry.file_type().is_file() && path != from {
+            let name = path.strip_prefix(draft).expect("it lies below");
+            take_over(path, &out.join(name))?;
+        }
+    }
+    take_over(&from, &to)?;
+    fs_err::remove_dir_all(draft).map_err(PretrainError::Read)
+}
+
+fn take_over(from: &Path, to: &Path) -> Result<(), PretrainError> {
+    write_file(to, &fs_err::read(from).map_err(PretrainError::Read)?)
 }
 
 /// Writes weights in half precision; `about` joins the file's metadata.

@@ -53,7 +53,7 @@ use tensor::Device;
 use text_encoders::{ClipConfig, T5Config};
 
 use base_phase::{BaseConfigs, CLIP, Latents, Models, T5, TRANSFORMER, Tokenizers};
-use results::Ended;
+use results::{Ended, Results};
 use run::Run;
 
 pub use corpus::Corpus;
@@ -110,9 +110,21 @@ pub fn run(
     fs_err::create_dir_all(work).map_err(PretrainError::Read)?;
     fs_err::create_dir_all(out).map_err(PretrainError::Read)?;
     let _locks = lock_phases(work, &options.phases)?;
+    let index_path = out.join(INDEX_FILE);
+    let is_ours = out.join(EVALUATION_FILE).exists() && Results { work }.exist();
+    if index_path.exists() && !is_ours {
+        return Err(PretrainError::Occupied { path: out.clone() });
+    }
+    let preset = recipe.preset();
+    let mut vae_json = preset.vae();
+    vae_json["sample_size"] = json!(recipe.corpus.resolution_px);
+    // A finished base in `out` stays whole until another one is.
+    let draft = begin_draft(work, out)?;
+    let tokenizers = export::write_skeleton(&draft, preset, &vae_json, &recipe.tokenizers)?;
     let run = Run {
         recipe,
         corpus,
+        tokenizers,
         device: options.device.clone(),
         work: work.clone(),
         phases: options.phases.clone(),
@@ -124,41 +136,26 @@ pub fn run(
         "held_out_pairs": corpus.held_out.len(), "textures": corpus.textures.len(),
         "digest": corpus.digest.to_string(),
     }))?;
-    let index_path = out.join("model_index.json");
-    let is_ours = out.join(EVALUATION_FILE).exists() && run.results().exist();
-    if index_path.exists() && !is_ours {
-        return Err(PretrainError::Occupied { path: out.clone() });
-    }
-    let preset = recipe.preset();
-    let mut vae_json = preset.vae();
-    vae_json["sample_size"] = json!(recipe.corpus.resolution_px);
-    // What can be refused of tokenizers, sizes and older work is refused before a finished base in `out` is touched.
-    let skeleton = work.join("skeleton");
-    export::write_skeleton(&skeleton, preset, &vae_json, &recipe.tokenizers)?;
-    let vae_config = AutoencoderConfig::from_file(&skeleton.join("vae/config.json"))?;
+    let vae_config = AutoencoderConfig::from_file(&draft.join("vae/config.json"))?;
     let configs = BaseConfigs {
-        transformer: MmditConfig::from_file(&skeleton.join("transformer/config.json"))
+        transformer: MmditConfig::from_file(&draft.join("transformer/config.json"))
             .map_err(mmdit::MmditError::from)?,
-        clip: ClipConfig::from_file(&skeleton.join("text_encoder/config.json"))?,
-        t5: T5Config::from_file(&skeleton.join("text_encoder_2/config.json"))?,
+        clip: ClipConfig::from_file(&draft.join("text_encoder/config.json"))?,
+        t5: T5Config::from_file(&draft.join("text_encoder_2/config.json"))?,
     };
     Tokenizers::open(recipe)?.check(recipe, &configs)?;
     let mut learned = vae_phase::train(&run, &vae_config)?;
 
     // From here on everything sees the weights as the files have them, in half precision.
-    if index_path.exists() {
-        fs_err::remove_file(&index_path).map_err(PretrainError::Read)?;
-    }
-    export::write_skeleton(out, preset, &vae_json, &recipe.tokenizers)?;
     let nothing = BTreeMap::new();
-    let vae_path = out.join(VAE_FILE);
+    let vae_path = draft.join(VAE_FILE);
     let mut steps = json!({ "autoencoder": learned.step });
     export::write_weights(&vae_path, &learned.models[0], &nothing)?;
-    let open = || Autoencoder::open(&out.join("vae"), &run.device, evaluate::PRECISION);
+    let open = || Autoencoder::open(&draft.join("vae"), &run.device, evaluate::PRECISION);
     let (shift, scale) = latent_scaling(&run, &open()?);
     vae_json["shift_factor"] = json!(shift);
     vae_json["scaling_factor"] = json!(scale);
-    export::write_json(&out.join("vae/config.json"), &vae_json)?;
+    export::write_json(&draft.join("vae/config.json"), &vae_json)?;
     let mut is_done = true;
     if learned.ended == Ended::Done && recipe.autoencoder.decoder.steps > 0 {
         match vae_phase::train_decoder(&run, &vae_config, &learned)? {
@@ -176,7 +173,6 @@ pub fn run(
     });
     run.log(&json!({ "phase": "autoencoder evaluation", "measured": evaluation["autoencoder"] }))?;
     let leave = |evaluation: Value, is_paused: bool| {
-        export::write_json(&out.join(EVALUATION_FILE), &evaluation)?;
         Ok(PretrainReport {
             is_done: false,
             is_paused,
@@ -210,7 +206,7 @@ pub fn run(
         (CLIP, CLIP_FILE),
         (T5, T5_FILE),
     ] {
-        export::write_weights(&out.join(path), &learned.models[model], &nothing)?;
+        export::write_weights(&draft.join(path), &learned.models[model], &nothing)?;
     }
     let weights = [TRANSFORMER, CLIP, T5].map(|model| learned.weights(model));
     let models = Models::load(&weights, &configs, &run.device, evaluate::PRECISION)?;
@@ -225,20 +221,32 @@ pub fn run(
     run.log(&json!({ "phase": "base evaluation", "measured": evaluation["base"] }))?;
     if let Some(sheet) = evaluate::sheet(&run, &vae, &models, &configs)? {
         let png = pixel_art::encode_png_rgb(&sheet, &[])?;
-        export::write_file(&out.join("samples.png"), &png)?;
+        export::write_file(&draft.join("samples.png"), &png)?;
     }
-    export::write_json(&out.join(EVALUATION_FILE), &evaluation)?;
-    write_card(out, recipe, corpus, &evaluation)?;
+    export::write_json(&draft.join(EVALUATION_FILE), &evaluation)?;
+    write_card(&draft, recipe, corpus, &evaluation)?;
     let mut index = preset.model_index();
     if let Some(index) = index.as_object_mut() {
         index.remove(random_base::UNTRAINED_KEY);
     }
-    export::write_json(&index_path, &index)?;
+    export::write_json(&draft.join(INDEX_FILE), &index)?;
+    export::publish(&draft, out, INDEX_FILE)?;
     Ok(PretrainReport {
         is_done: is_done && learned.ended == Ended::Done,
         is_paused: learned.ended == Ended::Paused,
         evaluation,
     })
+}
+
+/// Where the base of an `--out` is put together, empty: a directory of its own, since two may be made of one work.
+fn begin_draft(work: &Path, out: &Path) -> Result<PathBuf, PretrainError> {
+    let whole = fs_err::canonicalize(out).map_err(PretrainError::Read)?;
+    let digest = artifacts::digest_bytes(whole.as_os_str().as_encoded_bytes());
+    let draft = work.join(format!("draft-{}", digest.short()));
+    if draft.exists() {
+        fs_err::remove_dir_all(&draft).map_err(PretrainError::Read)?;
+    }
+    Ok(draft)
 }
 
 /// Takes the locks of phases that are to be trained.
@@ -266,6 +274,9 @@ fn latent_scaling(run: &Run<'_>, vae: &Autoencoder) -> (f64, f64) {
     let rounded = |value: f64| (value * 1e4).round() / 1e4;
     (rounded(mean), rounded(1.0 / deviation.max(1e-6)).max(1e-4))
 }
+
+/// What makes a base of a directory.
+const INDEX_FILE: &str = "model_index.json";
 
 /// What was measured; where it is beside a base, the base is `pretrain`'s.
 const EVALUATION_FILE: &str = "evaluation.json";

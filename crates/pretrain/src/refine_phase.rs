@@ -78,7 +78,7 @@ pub(crate) fn train(
         .results()
         .digest(Phase::Base, base.models.len())?
         .to_string();
-    let settings = json!([run.recipe.refine, run.recipe.base]);
+    let settings = json!([run.recipe.refine, run.recipe.base, run.tokenizers]);
     let name = run.name(Phase::Refine, &upstream, &settings);
     run.learn(Phase::Refine, &name, optimizer, &models, || {
         let refine = &run.recipe.refine;

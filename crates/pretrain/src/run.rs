@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use artifacts::digest_bytes;
+use artifacts::{Digest, digest_bytes};
 use burn::tensor::backend::Backend as _;
 use serde_json::{Value, json};
 use tensor::{Backend, Device, ParameterSpec, Tensor, to_f32};
@@ -19,6 +19,8 @@ use crate::{Corpus, PretrainError};
 pub(crate) struct Run<'a> {
     pub recipe: &'a PretrainRecipe,
     pub corpus: &'a Corpus,
+    /// Of the tokenizers' files, which decide the captions' ids.
+    pub tokenizers: Digest,
     pub device: Device,
     /// Checkpoints and logs.
     pub work: PathBuf,

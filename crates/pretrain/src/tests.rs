@@ -126,6 +126,26 @@ fn the_shipped_card_is_about_the_shipped_files() {
     assert!(card.contains(&files), "the card has not:\n{files}");
 }
 
+/// The same tokenizers below `dir`, but for one that numbers its words otherwise.
+fn with_another_tokenizer(tokenizers: &Path, dir: &Path) -> PathBuf {
+    let copy = dir.join("tokenizers");
+    for part in ["tokenizer", "tokenizer_2"] {
+        fs_err::create_dir_all(copy.join(part)).expect("it can be made");
+        for entry in fs_err::read_dir(tokenizers.join(part)).expect("it is there") {
+            let path = entry.expect("an entry").path();
+            let name = path.file_name().expect("a file");
+            fs_err::copy(&path, copy.join(part).join(name)).expect("it is copied");
+        }
+    }
+    let merges = copy.join("tokenizer/merges.txt");
+    let text = fs_err::read_to_string(&merges).expect("it has merges");
+    let lines: Vec<&str> = text.lines().collect();
+    let (last, others) = lines.split_last().expect("it has lines");
+    assert!(!last.is_empty());
+    fs_err::write(&merges, others.join("\n")).expect("it is written");
+    copy
+}
+
 /// One test, since Burn's random numbers are one sequence for the whole process.
 ///
 /// On one thread: on several, gradients of the autoencoder were seen to differ in their last bits from run to run.
@@ -204,7 +224,13 @@ fn train_whole_and_in_parts() {
         ..options(parts.path())
     };
     let mut calls = 0;
-    while !run(&recipe, &corpus, &hurried).expect("it goes on").is_done {
+    loop {
+        let report = run(&recipe, &corpus, &hurried).expect("it goes on");
+        let is_base = report.evaluation["base"].is_object();
+        assert_eq!(parts.path().join("base/model_index.json").exists(), is_base);
+        if report.is_done {
+            break;
+        }
         calls += 1;
         assert!(calls < 40, "it never ends");
     }
@@ -226,12 +252,25 @@ fn train_whole_and_in_parts() {
     // A run that is refused leaves a finished base as it was.
     let base = whole.path().join("base");
     let read = |file: &str| fs_err::read(base.join(file)).expect("it is there");
-    let before = ["model_index.json", "vae/config.json"].map(read);
-    let mut other = recipe.clone();
-    other.seed += 1;
-    let error = run(&other, &corpus, &options(whole.path())).expect_err("another run");
-    assert!(matches!(error, PretrainError::OtherRun { .. }), "{error}");
-    assert_eq!(["model_index.json", "vae/config.json"].map(read), before);
+    let files = ["model_index.json", "vae/config.json", "evaluation.json"];
+    let before = files.map(read);
+    let mut reseeded = recipe.clone();
+    reseeded.seed += 1;
+    let mut faster = recipe.clone();
+    faster.base.optimizer.learning_rate *= 2.0;
+    let mut renumbered = recipe.clone();
+    renumbered.tokenizers = with_another_tokenizer(&recipe.tokenizers, whole.path());
+    for other in [reseeded, faster, renumbered] {
+        let error = run(&other, &corpus, &options(whole.path())).expect_err("another run");
+        assert!(matches!(error, PretrainError::OtherRun { .. }), "{error}");
+        assert_eq!(files.map(read), before);
+    }
+    let report = run(&recipe, &corpus, &options(whole.path())).expect("nothing is left to train");
+    assert!(report.is_done);
+    assert_eq!(files.map(read), before);
+    let drafts = fs_err::read_dir(whole.path().join("work")).expect("it is there");
+    let is_draft = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("draft");
+    assert!(!drafts.flatten().any(|entry| is_draft(&entry.file_name())));
     let _held = lock_phases(&whole.path().join("work"), &[Phase::Refine]).expect("nobody has it");
     let error = run(&recipe, &corpus, &options(whole.path())).expect_err("another process");
     assert!(
