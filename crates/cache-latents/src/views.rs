@@ -131,7 +131,7 @@ impl Geometry {
             let drawn = stream.below(u64::from(free) + 1) as u32;
             match self.crop {
                 Crop::Random => drawn,
-                Crop::Center => room.middle(free),
+                Crop::Center => (room.middle)(free),
             }
         });
         View {
@@ -163,6 +163,7 @@ impl Geometry {
                     columns: grid.free_columns,
                     rows: grid.free_rows,
                     step_px: grid.factor,
+                    middle: |free| free / 2,
                 })
             }
             Scaling::BilinearShortSide => {
@@ -182,6 +183,7 @@ impl Geometry {
                             columns,
                             rows,
                             step_px: 1,
+                            middle: half_to_even,
                         })
                     }
                     None => Err(CacheLatentsError::Proportions {
@@ -230,18 +232,14 @@ struct Room {
     rows: u32,
     /// Pixels of a step: a sprite cell on a canvas, one pixel in a resized picture.
     step_px: u32,
+    /// The middle of `free + 1` positions: as [`pixel_art::place_on_canvas`] or as torchvision's `CenterCrop` has it.
+    middle: fn(u32) -> u32,
 }
 
-impl Room {
-    /// The middle of `free + 1` positions: torchvision's `CenterCrop` rounds halves to even, a canvas rounds down.
-    fn middle(&self, free: u32) -> u32 {
-        let half = free / 2;
-        if self.step_px == 1 {
-            half + (free % 2) * (half % 2)
-        } else {
-            half
-        }
-    }
+/// Half of a number, a half rounded to the even one.
+fn half_to_even(free: u32) -> u32 {
+    let half = free / 2;
+    half + (free % 2) * (half % 2)
 }
 
 #[cfg(test)]
@@ -288,7 +286,7 @@ mod tests {
     #[test]
     fn a_centred_sprite_is_where_the_canvas_puts_it() {
         let geometry = geometry(Scaling::IntegerNearest, Crop::Center, 0.0);
-        for (width_px, height_px) in [(5, 3), (16, 16), (4, 7), (3, 8)] {
+        for (width_px, height_px) in [(5, 3), (16, 16), (4, 7), (3, 8), (13, 9)] {
             let samples = [sample("a", width_px, height_px)];
             let views = geometry.views(&samples, 1).expect("it fits");
             let decoded = decoded(width_px, height_px);
