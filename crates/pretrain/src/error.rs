@@ -39,6 +39,12 @@ pub enum PretrainError {
         /// The directory of checkpoints.
         work: PathBuf,
     },
+    /// Another process makes the same base.
+    #[error("another process makes a base in {}", out.display())]
+    OutLocked {
+        /// The directory.
+        out: PathBuf,
+    },
     /// The base would be written over one that this work did not make.
     #[error("{} holds a base already, and the --work directory has no results that it could be of", path.display())]
     Occupied {
@@ -135,6 +141,7 @@ impl StageError for PretrainError {
             | Self::OtherRun { .. }
             | Self::NotDone { .. }
             | Self::Locked { .. }
+            | Self::OutLocked { .. }
             | Self::Occupied { .. }
             | Self::Device(_)
             | Self::Tokenizer(_) => FailureKind::BadInput,
@@ -166,6 +173,7 @@ impl StageError for PretrainError {
             Self::Locked { .. } => {
                 Some("wait for it, or take other phases with --only, or another --work directory".to_owned())
             }
+            Self::OutLocked { .. } => Some("wait for it, or give this one an --out of its own".to_owned()),
             Self::Occupied { .. } => Some("choose another --out directory, or remove that base yourself".to_owned()),
             _ => None,
         }

@@ -110,6 +110,7 @@ pub fn run(
     fs_err::create_dir_all(work).map_err(PretrainError::Read)?;
     fs_err::create_dir_all(out).map_err(PretrainError::Read)?;
     let _locks = lock_phases(work, &options.phases)?;
+    let (draft, _lock) = lock_draft(work, out)?;
     let index_path = out.join(INDEX_FILE);
     let is_ours = out.join(EVALUATION_FILE).exists() && Results { work }.exist();
     if index_path.exists() && !is_ours {
@@ -118,8 +119,10 @@ pub fn run(
     let preset = recipe.preset();
     let mut vae_json = preset.vae();
     vae_json["sample_size"] = json!(recipe.corpus.resolution_px);
-    // A finished base in `out` stays whole until another one is.
-    let draft = begin_draft(work, out)?;
+    // A finished base in `out` stays whole until another one is. What an earlier call left of a draft is made anew.
+    if draft.exists() {
+        fs_err::remove_dir_all(&draft).map_err(PretrainError::Read)?;
+    }
     let tokenizers = export::write_skeleton(&draft, preset, &vae_json, &recipe.tokenizers)?;
     let run = Run {
         recipe,
@@ -238,15 +241,17 @@ pub fn run(
     })
 }
 
-/// Where the base of an `--out` is put together, empty: a directory of its own, since two may be made of one work.
-fn begin_draft(work: &Path, out: &Path) -> Result<PathBuf, PretrainError> {
+/// Where the base of an `--out` is put together, and its lock: a directory of its own, since two may be made of one work.
+fn lock_draft(work: &Path, out: &Path) -> Result<(PathBuf, FileLock), PretrainError> {
     let whole = fs_err::canonicalize(out).map_err(PretrainError::Read)?;
     let digest = artifacts::digest_bytes(whole.as_os_str().as_encoded_bytes());
-    let draft = work.join(format!("draft-{}", digest.short()));
-    if draft.exists() {
-        fs_err::remove_dir_all(&draft).map_err(PretrainError::Read)?;
-    }
-    Ok(draft)
+    let name = format!("draft-{}", digest.short());
+    let lock = FileLock::try_acquire(&work.join(format!(".{name}.lock")));
+    let lock = lock.map_err(PretrainError::Read)?;
+    let lock = lock.ok_or_else(|| PretrainError::OutLocked {
+        out: out.to_owned(),
+    })?;
+    Ok((work.join(name), lock))
 }
 
 /// Takes the locks of phases that are to be trained.

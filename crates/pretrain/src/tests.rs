@@ -9,7 +9,7 @@ use crate::corpus::{Captioned, Corpus};
 use crate::recipe::{
     AutoencoderRecipe, BaseRecipe, CorpusRecipe, EvaluateRecipe, OptimizerRecipe, RefineRecipe,
 };
-use crate::{Phase, PretrainError, PretrainOptions, PretrainRecipe, lock_phases, run};
+use crate::{Phase, PretrainError, PretrainOptions, PretrainRecipe, lock_draft, lock_phases, run};
 
 /// A recipe that takes a second.
 pub(crate) fn tiny_recipe() -> PretrainRecipe {
@@ -283,6 +283,14 @@ fn train_whole_and_in_parts() {
         ),
         "{error}"
     );
+    let held = lock_draft(&whole.path().join("work"), &base).expect("nobody has it");
+    let others = PretrainOptions {
+        phases: vec![Phase::Base],
+        ..options(whole.path())
+    };
+    let error = run(&recipe, &corpus, &others).expect_err("another process makes it");
+    assert!(matches!(error, PretrainError::OutLocked { .. }), "{error}");
+    drop(held);
     let elsewhere = PretrainOptions {
         work: parts.path().join("other work"),
         ..options(parts.path())
