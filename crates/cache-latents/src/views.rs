@@ -9,7 +9,7 @@ use std::fmt;
 use artifacts::SampleRow;
 use flow_matching::noise::{Purpose, Stream};
 use pipeline::recipe::{Background, CacheLatentsRecipe, Crop, PrecisionChoice, Scaling};
-use pixel_art::{Decoded, Rgb8, canvas_grid, place_at, resize_short_side};
+use pixel_art::{Decoded, Rgb8, canvas_grid, half_to_even, place_at, resize_short_side};
 
 use crate::error::CacheLatentsError;
 
@@ -127,13 +127,13 @@ impl Geometry {
         );
         // Always three draws in this order, so that changing one setting leaves the others' outcome alone.
         let flipped = f64::from(stream.uniform()) < self.flip_probability;
-        let [x, y] = [room.columns, room.rows].map(|free| {
-            let drawn = stream.below(u64::from(free) + 1) as u32;
-            match self.crop {
-                Crop::Random => drawn,
-                Crop::Center => (room.middle)(free),
-            }
-        });
+        let drawn = room
+            .free
+            .map(|free| stream.below(u64::from(free) + 1) as u32);
+        let [x, y] = match self.crop {
+            Crop::Random => drawn,
+            Crop::Center => room.middle,
+        };
         View {
             sample,
             view,
@@ -160,10 +160,9 @@ impl Geometry {
                         }
                     })?;
                 Ok(Room {
-                    columns: grid.free_columns,
-                    rows: grid.free_rows,
+                    free: [grid.free_columns, grid.free_rows],
+                    middle: grid.middle(),
                     step_px: grid.factor,
-                    middle: |free| free / 2,
                 })
             }
             Scaling::BilinearShortSide => {
@@ -174,16 +173,15 @@ impl Geometry {
                 match resized.filter(|&side| side <= MAX_SIDE_PX) {
                     Some(side) => {
                         let free = side as u32 - self.resolution_px;
-                        let (columns, rows) = if width_px <= height_px {
-                            (0, free)
+                        let free = if width_px <= height_px {
+                            [0, free]
                         } else {
-                            (free, 0)
+                            [free, 0]
                         };
                         Ok(Room {
-                            columns,
-                            rows,
+                            free,
+                            middle: free.map(half_to_even),
                             step_px: 1,
-                            middle: half_to_even,
                         })
                     }
                     None => Err(CacheLatentsError::Proportions {
@@ -228,18 +226,11 @@ impl Geometry {
 /// Steps that a view can move to the right and down.
 #[derive(Clone, Copy, Debug)]
 struct Room {
-    columns: u32,
-    rows: u32,
+    free: [u32; 2],
+    /// Those to a centred view.
+    middle: [u32; 2],
     /// Pixels of a step: a sprite cell on a canvas, one pixel in a resized picture.
     step_px: u32,
-    /// The middle of `free + 1` positions: as [`pixel_art::place_on_canvas`] or as torchvision's `CenterCrop` has it.
-    middle: fn(u32) -> u32,
-}
-
-/// Half of a number, a half rounded to the even one.
-fn half_to_even(free: u32) -> u32 {
-    let half = free / 2;
-    half + (free % 2) * (half % 2)
 }
 
 #[cfg(test)]

@@ -55,6 +55,13 @@ pub struct CanvasGrid {
     pub free_rows: u32,
 }
 
+impl CanvasGrid {
+    /// The column and row of cells that a sprite in the middle starts at: the odd free cell is to the right and below.
+    pub fn middle(&self) -> [u32; 2] {
+        [self.free_columns / 2, self.free_rows / 2]
+    }
+}
+
 /// The largest whole factor at which an image fits a square of `canvas_px`.
 ///
 /// # Errors
@@ -102,7 +109,7 @@ pub fn place_on_canvas(
 ) -> Result<Placed, CanvasError> {
     let grid = canvas_grid(image.width_px, image.height_px, canvas_px)?;
     let opaque = image.over(background);
-    let (column, row) = (grid.free_columns / 2, grid.free_rows / 2);
+    let [column, row] = grid.middle();
     place_at(&opaque, canvas_px, background, column, row)
 }
 

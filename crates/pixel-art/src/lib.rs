@@ -33,7 +33,7 @@ pub use identity::{count_colors, identity};
 pub use jpeg::JpegError;
 pub use model_range::{from_model_range, to_model_range};
 pub use orientation::Orientation;
-pub use picture::{Rgb8, Rgba8};
+pub use picture::{Rgb8, Rgba8, half_to_even};
 pub use pil::{PilImage, PilMode};
 pub use png_text::{PngTextError, encode_png_rgb, encode_png_rgba, read_png_text};
 pub use resize::{resize_bilinear, resize_short_side};

@@ -230,7 +230,8 @@ fn magnify(pixels: &[u8], width_px: u32, channels: usize, factor: u32) -> Vec<u8
     out
 }
 
-fn half_to_even(difference: u32) -> u32 {
+/// Half of a difference of sizes, halves rounded to even: where torchvision's `CenterCrop` starts (Python's `round`).
+pub fn half_to_even(difference: u32) -> u32 {
     let half = difference / 2;
     if difference % 2 == 1 && half % 2 == 1 {
         half + 1

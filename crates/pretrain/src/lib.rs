@@ -92,7 +92,8 @@ pub struct PretrainReport {
     pub evaluation: Value,
 }
 
-/// Trains what is left to train of the wanted phases, measures it, and writes the base as far as it is.
+/// Trains what is left to train of the wanted phases, measures it, and once there is a transformer writes the base as far as
+/// it is.
 ///
 /// Out of time, it leaves a checkpoint, and the next call goes on.
 ///
@@ -175,15 +176,13 @@ pub fn run(
         "autoencoder": evaluate::autoencoder(&run, &vae)?, "steps": steps,
     });
     run.log(&json!({ "phase": "autoencoder evaluation", "measured": evaluation["autoencoder"] }))?;
-    let leave = |evaluation: Value, is_paused: bool| {
-        Ok(PretrainReport {
-            is_done: false,
-            is_paused,
-            evaluation,
-        })
+    let without_base = |evaluation: Value, is_paused: bool| PretrainReport {
+        is_done: false,
+        is_paused,
+        evaluation,
     };
     if learned.ended == Ended::Paused {
-        return leave(evaluation, true);
+        return Ok(without_base(evaluation, true));
     }
 
     let Some(mut learned) = base_phase::train(&run, &vae, &configs)? else {
@@ -191,7 +190,7 @@ pub fn run(
             let phase = Phase::Base.name();
             return Err(PretrainError::NotDone { phase });
         }
-        return leave(evaluation, false);
+        return Ok(without_base(evaluation, false));
     };
     evaluation["steps"]["base"] = json!(learned.step);
     if learned.ended == Ended::Done && recipe.refine.optimizer.steps > 0 {
@@ -246,25 +245,29 @@ fn lock_draft(work: &Path, out: &Path) -> Result<(PathBuf, FileLock), PretrainEr
     let whole = fs_err::canonicalize(out).map_err(PretrainError::Read)?;
     let digest = artifacts::digest_bytes(whole.as_os_str().as_encoded_bytes());
     let name = format!("draft-{}", digest.short());
-    let lock = FileLock::try_acquire(&work.join(format!(".{name}.lock")));
-    let lock = lock.map_err(PretrainError::Read)?;
-    let lock = lock.ok_or_else(|| PretrainError::OutLocked {
+    let held = PretrainError::OutLocked {
         out: out.to_owned(),
-    })?;
+    };
+    let lock = acquire(work, &name, held)?;
     Ok((work.join(name), lock))
 }
 
 /// Takes the locks of phases that are to be trained.
 fn lock_phases(work: &Path, phases: &[Phase]) -> Result<Vec<FileLock>, PretrainError> {
     let lock = |phase: &Phase| {
-        let path = work.join(format!(".{}.lock", phase.name()));
-        let lock = FileLock::try_acquire(&path).map_err(PretrainError::Read)?;
-        lock.ok_or_else(|| PretrainError::Locked {
+        let held = PretrainError::Locked {
             phase: phase.name(),
             work: work.to_owned(),
-        })
+        };
+        acquire(work, phase.name(), held)
     };
     phases.iter().map(lock).collect()
+}
+
+/// A lock of a name in `work`; the error is for when another process has it.
+fn acquire(work: &Path, name: &str, held: PretrainError) -> Result<FileLock, PretrainError> {
+    let lock = FileLock::try_acquire(&work.join(format!(".{name}.lock")));
+    lock.map_err(PretrainError::Read)?.ok_or(held)
 }
 
 /// Shift and scale that give latents of training pictures mean 0 and deviation 1, to four digits.

@@ -9,7 +9,9 @@ use crate::corpus::{Captioned, Corpus};
 use crate::recipe::{
     AutoencoderRecipe, BaseRecipe, CorpusRecipe, EvaluateRecipe, OptimizerRecipe, RefineRecipe,
 };
-use crate::{Phase, PretrainError, PretrainOptions, PretrainRecipe, lock_draft, lock_phases, run};
+use crate::{
+    Phase, PretrainError, PretrainOptions, PretrainRecipe, export, lock_draft, lock_phases, run,
+};
 
 /// A recipe that takes a second.
 pub(crate) fn tiny_recipe() -> PretrainRecipe {
@@ -129,14 +131,8 @@ fn the_shipped_card_is_about_the_shipped_files() {
 /// The same tokenizers below `dir`, but for one that numbers its words otherwise.
 fn with_another_tokenizer(tokenizers: &Path, dir: &Path) -> PathBuf {
     let copy = dir.join("tokenizers");
-    for part in ["tokenizer", "tokenizer_2"] {
-        fs_err::create_dir_all(copy.join(part)).expect("it can be made");
-        for entry in fs_err::read_dir(tokenizers.join(part)).expect("it is there") {
-            let path = entry.expect("an entry").path();
-            let name = path.file_name().expect("a file");
-            fs_err::copy(&path, copy.join(part).join(name)).expect("it is copied");
-        }
-    }
+    let preset = tiny_recipe().preset();
+    export::write_skeleton(&copy, preset, &preset.vae(), tokenizers).expect("they are copied");
     let merges = copy.join("tokenizer/merges.txt");
     let text = fs_err::read_to_string(&merges).expect("it has merges");
     let lines: Vec<&str> = text.lines().collect();
@@ -268,9 +264,6 @@ fn train_whole_and_in_parts() {
     let report = run(&recipe, &corpus, &options(whole.path())).expect("nothing is left to train");
     assert!(report.is_done);
     assert_eq!(files.map(read), before);
-    let drafts = fs_err::read_dir(whole.path().join("work")).expect("it is there");
-    let is_draft = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("draft");
-    assert!(!drafts.flatten().any(|entry| is_draft(&entry.file_name())));
     let _held = lock_phases(&whole.path().join("work"), &[Phase::Refine]).expect("nobody has it");
     let error = run(&recipe, &corpus, &options(whole.path())).expect_err("another process");
     assert!(
@@ -283,7 +276,8 @@ fn train_whole_and_in_parts() {
         ),
         "{error}"
     );
-    let held = lock_draft(&whole.path().join("work"), &base).expect("nobody has it");
+    let (draft, held) = lock_draft(&whole.path().join("work"), &base).expect("nobody has it");
+    assert!(!draft.exists());
     let others = PretrainOptions {
         phases: vec![Phase::Base],
         ..options(whole.path())
